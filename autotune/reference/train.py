@@ -1,0 +1,439 @@
+"""Train the reference VLM from nothing: `python -m autotune.reference.train --out DIR`.
+
+Four stages, each resumable from its checkpoint in DIR/checkpoints, each logging one JSON line a report:
+
+1. `vision`   the ViT learns what lies under each patch (we render the scene, so we know), through linear heads.
+2. `language` the decoder learns the questions on ideal image tokens: the sum of its own embeddings of the words that
+              describe the patch. Needs no pixels, so it runs beside stage 1.
+3. `align`    the projector learns to turn ViT features into those sums.
+4. `joint`    everything together on pictures, with the patch words as an auxiliary loss.
+
+Questions about one picture share its prefix in one sequence and do not see each other; positions restart after the
+image. Shapes: B pictures, Q questions of length L after a prefix of P tokens, N = 256 image tokens, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from autotune.reference import questions, scenes
+from autotune.reference.tokenizer import build_processor, word_ids
+
+STAGES = ("vision", "language", "align", "joint")
+SHORT, LONG = 22, 40  # room for question and answer: captions are long, everything else is short
+SHORT_TASKS = ("existence", "attribute", "counting", "spatial", "reading")
+
+
+def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA: a CLIP-style ViT (4 x 128) and a Llama decoder (8 x 192) with tied embeddings."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=scenes.IMAGE_SIZE,
+        patch_size=scenes.PATCH_SIZE,
+    )
+    tokenizer = processor.tokenizer
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # slow rotations: content can match across the image
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=scenes.NUM_PATCHES**2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration(config)
+    _initialise(model)
+    return model
+
+
+def _initialise(model: LlavaForConditionalGeneration) -> None:
+    """Starts that save steps: whitened patch filters, 2-D sine positions, lookup heads in the decoder."""
+    embeddings = model.model.vision_tower.embeddings
+    with torch.no_grad():
+        embeddings.patch_embedding.weight.copy_(_whitening(embeddings.patch_embedding.weight))
+        embeddings.position_embedding.weight[1:] = 0.5 * _sine_positions(embeddings.position_embedding.weight.shape[1])
+        for layer in model.model.language_model.layers:
+            _match_and_copy(layer.self_attn)
+        model.get_input_embeddings().weight.normal_(std=0.07)
+
+
+def _match_and_copy(attention: nn.Module, num_slow: int = 10) -> None:
+    """Half of the heads start as lookups: attend to tokens like this one, wherever they are, and add what they hold.
+
+    Queries equal keys on the slowest `num_slow` rotary frequencies and vanish on the others, so distance does not
+    matter; the output matrix starts as a tenth of the transpose of the value matrix. After "mimetic initialization"
+    (Trockman and Kolter 2023, arXiv 2305.09828), made insensitive to position.
+    """
+    width, dim = attention.o_proj.weight.shape[0], attention.head_dim
+    for head in range(attention.o_proj.weight.shape[1] // dim // 2):
+        rows = slice(head * dim, (head + 1) * dim)
+        match = torch.randn(dim, width) * 0.08
+        match.unflatten(0, (2, dim // 2))[:, : dim // 2 - num_slow] = 0
+        attention.q_proj.weight[rows] = match
+        attention.k_proj.weight[rows] = match
+        attention.v_proj.weight[rows] = torch.randn(dim, width) / math.sqrt(width)
+        attention.o_proj.weight[:, rows] = 0.1 * attention.v_proj.weight[rows].T
+
+
+def _whitening(like: Tensor) -> Tensor:
+    """Principal components of picture patches scaled to unit variance, shaped as the patch convolution (D, 3, 20, 20)."""
+    rng = np.random.default_rng(0)
+    pixels = pixels_of([scenes.sample(rng) for _ in range(100)])
+    patches = F.unfold(pixels, scenes.PATCH_SIZE, stride=scenes.PATCH_SIZE).transpose(1, 2).flatten(0, 1)
+    busy = patches[patches.std(1) > patches.std(1).quantile(0.7)]
+    _, spread, directions = torch.linalg.svd(busy - busy.mean(0), full_matrices=False)
+    scale = math.sqrt(len(busy)) / (spread + 0.03 * spread[0])
+    return (scale[:, None] * directions)[: len(like)].reshape(like.shape) * 0.5
+
+
+def _sine_positions(width: int) -> Tensor:
+    quarter = width // 4
+    angle = torch.arange(scenes.NUM_PATCHES)[:, None] / 100 ** (torch.arange(quarter) / quarter)
+    wave = torch.cat((angle.sin(), angle.cos()), 1)
+    rows = wave[:, None].expand(-1, scenes.NUM_PATCHES, -1)
+    return torch.cat((rows, rows.transpose(0, 1)), -1).flatten(0, 1)
+
+
+def pixels_of(batch: list[scenes.Scene]) -> Tensor:
+    """(B, 3, H, W) as the processor's CLIP statistics make them."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    images = torch.from_numpy(np.stack([np.asarray(scenes.draw(scene)) for scene in batch])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (images / 255 - mean) / std
+
+
+def labels_of(batch: list[scenes.Scene]) -> dict[str, Tensor]:
+    """Per label group (B, N) word indices."""
+    each = [scenes.patch_labels(scene) for scene in batch]
+    return {name: torch.from_numpy(np.stack([labels[name].reshape(-1) for labels in each])) for name in scenes.LABELS}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Token ids and targets (-100 where not trained) of `num` questions a picture, padded to `length`."""
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    num: int
+    length: int
+
+
+def questions_of(batch: list[scenes.Scene], rng: np.random.Generator, tokenizer: Any, num_short: int, num_long: int) -> list[Questions]:
+    blocks = []
+    for num, length, tasks in ((num_short, SHORT, SHORT_TASKS), (num_long, LONG, ("caption",))):
+        ids = torch.full((len(batch), num, length), tokenizer.pad_token_id)
+        targets = torch.full((len(batch), num, length), -100)
+        for b, scene in enumerate(batch):
+            for q in range(num):
+                asked = None
+                while asked is None:
+                    asked = questions.ask(scene, tasks[int(rng.integers(len(tasks)))], rng)
+                prompt = tokenizer.encode(f"\n{asked.question} ASSISTANT:", add_special_tokens=False)
+                answer = [*tokenizer.encode(f" {asked.answer}", add_special_tokens=False), tokenizer.eos_token_id]
+                stop = len(prompt) + len(answer)
+                ids[b, q, :stop] = torch.tensor(prompt + answer)
+                targets[b, q, len(prompt) - 1 : stop - 1] = torch.tensor(answer)
+        blocks.append(Questions(ids.flatten(1), targets.flatten(1), num, length))
+    return blocks
+
+
+class SharedPrefix:
+    """Attention in which every question sees the prefix and its own past only, as an interface of transformers."""
+
+    def __init__(self) -> None:
+        self.prefix, self.blocks = 0, [(0, 0)]
+        ALL_ATTENTION_FUNCTIONS.register("shared_prefix", self)
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        P = self.prefix
+        q = q * q.shape[-1] ** -0.5
+        k_P, v_P = k[:, :, :P], v[:, :, :P]
+        outs = [_masked_softmax(q[:, :, :P] @ k_P.mT).to(v.dtype) @ v_P]
+        start = P
+        for num, length in self.blocks:
+            stop = start + num * length
+            own = [x[:, :, start:stop].unflatten(2, (num, length)) for x in (q, k, v)]
+            outs.append(self._block(*own, k_P, v_P))
+            start = stop
+        return torch.cat(outs, 2).transpose(1, 2), None
+
+    @staticmethod
+    def _block(q: Tensor, k: Tensor, v: Tensor, k_P: Tensor, v_P: Tensor) -> Tensor:
+        """`num` questions of one length, (B, H, num, length, D) each, over the shared prefix (B, H, P, D)."""
+        num, length = q.shape[2:4]
+        past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        local = (q @ k.mT).masked_fill(~past, -torch.inf)
+        weights = torch.cat((q.flatten(2, 3) @ k_P.mT, local.flatten(2, 3)), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        weights_P, weights_own = weights.split((k_P.shape[2], length), -1)
+        return weights_P @ v_P + (weights_own.unflatten(2, (num, length)) @ v).flatten(2, 3)
+
+
+def _masked_softmax(scores: Tensor) -> Tensor:
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~past, -torch.inf).softmax(-1, dtype=torch.float32)
+
+
+class Trainer:
+    """One stage of the training of one model: batches, loss, optimiser, checkpoint, log."""
+
+    def __init__(self, out: Path, stage: str, steps: int, batch: int, lr: float, device: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.out, self.stage, self.steps, self.batch, self.lr, self.device = out, stage, steps, batch, lr, device
+        self.processor = build_processor()
+        self.model = build_model(self.processor).to(device)
+        self.words = {name: torch.tensor(ids, device=device) for name, ids in word_ids(self.processor.tokenizer).items()}
+        self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in scenes.LABELS.items()}).to(device)
+        self.attention = SharedPrefix()
+        prefix = self.processor.tokenizer.encode("<s>USER: ", add_special_tokens=False)
+        self.prefix_ids = torch.tensor(prefix, device=device)
+        self.seed, self.step, self.seconds = seed, 0, 0.0
+        self.optimizers = self._optimizers()
+        self._load()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        model = self.model.model
+        parts: dict[str, list[nn.Module]] = {
+            "vision": [model.vision_tower, self.heads],
+            "language": [model.language_model],
+            "align": [model.multi_modal_projector],
+            "joint": [self.model],
+        }
+        parameters = {id(p): p for part in parts[self.stage] for p in part.parameters() if p.requires_grad}
+        embedding = id(self.model.get_input_embeddings().weight)
+        matrices = [p for i, p in parameters.items() if p.ndim == 2 and i != embedding and min(p.shape) > 64]
+        position = id(model.vision_tower.embeddings.position_embedding.weight)
+        matrices = [p for p in matrices if id(p) != position]
+        chosen = {id(p) for p in matrices}
+        others = [p for i, p in parameters.items() if i not in chosen]
+        return [
+            torch.optim.Muon(matrices, lr=self.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+
+    def _load(self) -> None:
+        folder = self.out / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.stage}.pt"
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = state["step"], state["seconds"]
+        elif self.stage == "align":
+            self._take(folder / "vision.pt", "vision_tower")
+            self._take(folder / "language.pt", "language_model")
+        elif self.stage == "joint":
+            self._take(folder / "align.pt", "")
+
+    def _take(self, path: Path, part: str) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)["model"]
+        own = self.model.state_dict()
+        own.update({name: value for name, value in state.items() if part in name})
+        if part == "language_model":
+            own["lm_head.weight"] = state["lm_head.weight"]
+        self.model.load_state_dict(own)
+
+    def save(self) -> None:
+        path = self.out / "checkpoints" / f"{self.stage}.pt"
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    # Losses -----------------------------------------------------------------------------------------------------
+
+    def features(self, batch: list[scenes.Scene]) -> Tensor:
+        """What the ViT says of each patch, (B, N, 128)."""
+        outputs = self.model.model.vision_tower(pixels_of(batch).to(self.device), output_hidden_states=True)
+        return outputs.hidden_states[-1][:, 1:]
+
+    def ideal(self, labels: dict[str, Tensor], noise: float) -> Tensor:
+        """Sum of the embeddings of the words of each patch, (B, N, D)."""
+        embedding = self.model.get_input_embeddings().weight
+        total: Tensor | float = 0.0
+        for name, ids in self.words.items():
+            known = labels[name] >= 0
+            total = total + embedding[ids[labels[name].clamp(min=0)]] * known[..., None]
+        assert isinstance(total, Tensor)
+        return total + noise * total.detach().std() * torch.randn_like(total)
+
+    def patch_loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy over each group's words; patches with something on them count as much as all the empty ones."""
+        total, accuracy = torch.zeros((), device=self.device), {}
+        for name, scores in logits.items():
+            target = labels[name]
+            known = target >= 0
+            busy = known & (labels["kind"] > 0)
+            parts = [busy, known & ~busy] if name == "kind" else [busy if name in ("color", "digit", "slot", "order") else known]
+            for part in parts:
+                total = total + F.cross_entropy(scores[part].float(), target[part]) / len(parts)
+            accuracy[name] = (scores[parts[0]].argmax(-1) == target[parts[0]]).float().mean().item()
+        return total, accuracy
+
+    def question_loss(self, image_tokens: Tensor, blocks: list[Questions]) -> tuple[Tensor, dict[str, float]]:
+        B = len(image_tokens)
+        language, embed = self.model.model.language_model, self.model.get_input_embeddings()
+        prefix = torch.cat((embed(self.prefix_ids).expand(B, -1, -1).to(image_tokens.dtype), image_tokens), 1)
+        P = prefix.shape[1]
+        positions = [torch.arange(P)] + [(P + torch.arange(block.length)).repeat(block.num) for block in blocks]
+        self.attention.prefix, self.attention.blocks = P, [(block.num, block.length) for block in blocks]
+        language.set_attn_implementation("shared_prefix")
+        hidden = language(
+            inputs_embeds=torch.cat((prefix, *(embed(block.ids_BT.to(self.device)) for block in blocks)), 1),
+            position_ids=torch.cat(positions).expand(B, -1).to(self.device),
+            attention_mask=torch.zeros(B, 1, 1, 1, device=self.device),  # unused: SharedPrefix knows who sees whom
+            use_cache=False,
+        ).last_hidden_state[:, P:]
+        language.set_attn_implementation("sdpa")
+        targets = torch.cat([block.targets_BT for block in blocks], 1).to(self.device)
+        asked = targets >= 0
+        logits = self.model.lm_head(hidden[asked]).float()
+        right = logits.argmax(-1) == targets[asked]
+        correct = torch.zeros_like(asked)
+        correct[asked] = right
+        solved = []
+        start = 0
+        for block in blocks:
+            stop = start + block.num * block.length
+            wrong = (asked & ~correct)[:, start:stop].unflatten(1, (block.num, block.length)).any(-1)
+            solved.append(1 - wrong.float().mean().item())
+            start = stop
+        return F.cross_entropy(logits, targets[asked]), {"short": solved[0], "caption": solved[1], "token": right.float().mean().item()}
+
+    def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = [scenes.sample(rng) for _ in range(self.batch)]
+        labels = {name: values.to(self.device) for name, values in labels_of(batch).items()}
+        if self.stage == "vision":
+            features = self.features(batch)
+            return self.patch_loss({name: head(features) for name, head in self.heads.items()}, labels)
+        if self.stage == "language":
+            asked = questions_of(batch, rng, self.processor.tokenizer, 22, 1)
+            return self.question_loss(self.ideal(labels, noise=0.3), asked)
+        if self.stage == "align":
+            with torch.no_grad():
+                features, target = self.features(batch), self.ideal(labels, noise=0.0)
+            tokens = self.model.model.multi_modal_projector(features)
+            distance = F.mse_loss(tokens.float(), target) / target.var()
+            patch, accuracy = self.patch_loss(self._word_scores(tokens), labels)
+            return distance + 0.1 * patch, {"distance": distance.item(), **accuracy}
+        tokens = self.model.model.multi_modal_projector(self.features(batch))
+        patch, accuracy = self.patch_loss(self._word_scores(tokens), labels)
+        asked = questions_of(batch, rng, self.processor.tokenizer, 22, 1)
+        question, solved = self.question_loss(tokens, asked)
+        return question + 0.1 * patch, {**solved, **{f"patch_{k}": v for k, v in accuracy.items()}}
+
+    def _word_scores(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Logits of each group's words through the decoder's own embedding matrix."""
+        embedding = self.model.get_input_embeddings().weight
+        return {name: tokens @ embedding[ids].T for name, ids in self.words.items()}
+
+    # The loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, report_every: int = 20, save_every_s: float = 120.0) -> None:
+        began, saved, recent = time.monotonic() - self.seconds, time.monotonic(), []
+        self.model.train()
+        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        while self.step < self.steps:
+            rng = np.random.default_rng((self.seed, STAGES.index(self.stage), self.step))
+            warm, cool = self.step / 50, (self.steps - self.step) / (0.4 * self.steps)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * min(1.0, warm + 0.02, cool)
+            with torch.autocast(self.device, torch.bfloat16):
+                loss, metrics = self.loss(rng)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad()
+            self.heads.zero_grad()
+            recent.append({"loss": loss.item(), **metrics})
+            self.step += 1
+            self.seconds = time.monotonic() - began
+            if self.step % report_every == 0:
+                self._report(recent)
+                recent = []
+            if time.monotonic() - saved > save_every_s:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def _report(self, recent: list[dict[str, float]]) -> None:
+        means = {key: round(float(np.nanmean([entry[key] for entry in recent])), 4) for key in recent[0]}
+        line = json.dumps({"stage": self.stage, "step": self.step, "seconds": round(self.seconds), **means})
+        print(line, flush=True)
+        with (self.out / "train.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+
+DEFAULTS = {"vision": (1200, 32, 2e-3), "language": (3000, 8, 2e-3), "align": (300, 32, 2e-3), "joint": (1500, 8, 1e-3)}
+"""Per stage: steps, pictures a step, learning rate."""
+
+
+def _parse() -> Iterator[tuple[str, argparse.Namespace]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        yield stage, options
+
+
+def main() -> None:
+    for stage, options in _parse():
+        torch.set_num_threads(options.threads)
+        steps, batch, lr = DEFAULTS[stage]
+        trainer = Trainer(
+            options.out, stage, options.steps or steps, options.batch or batch, options.lr or lr, options.device, options.seed
+        )
+        trainer.run()
+        if stage == "joint":
+            trainer.model.save_pretrained(options.out / "model")
+            trainer.processor.save_pretrained(options.out / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What is installed and what an import costs: `btp` stays slim, and each extra brings only what it says."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+TUNER_ONLY = {"datasets", "fastapi", "matplotlib", "mlflow", "optuna", "plotly", "ray", "scipy", "sqlalchemy", "typer"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    """Bare project names, normalised: `ray[tune]>=2.60` is `ray`."""
+    return {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in requirements}  # type: ignore[union-attr]
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules loaded in a fresh interpreter that ran `statement`."""
+    code = f"{statement}\nimport sys; print(*sorted(name for name in sys.modules if '.' not in name))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_btp_waits_with_torch_until_something_needs_it() -> None:
+    assert not modules_after("import btp") & ({"torch", "transformers", "numpy"} | TUNER_ONLY)
+
+
+def test_a_plan_needs_the_standard_library_only() -> None:
+    assert not modules_after("import btp; btp.Plan, btp.presets") & ({"torch", "transformers", "numpy"} | TUNER_ONLY)
+
+
+def test_pruning_needs_nothing_of_the_tuner() -> None:
+    assert not modules_after("import btp; btp.prune") & (TUNER_ONLY | {"autotune"})
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    pytest.importorskip("autotune.cli")
+    heavy = TUNER_ONLY - {"typer"} | {"torch", "transformers"}
+    assert not modules_after("import autotune.cli") & heavy
+
+
+def test_base_install_is_torch_and_transformers() -> None:
+    assert names(PROJECT["dependencies"]) == {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [
+        ("optuna", "tune"),
+        ("mlflow", "tune"),
+        ("sqlalchemy", "tune"),
+        ("pillow", "tune"),
+        ("psycopg", "postgres"),
+        ("ray", "ray"),
+        ("fastapi", "serve"),
+        ("uvicorn", "serve"),
+        ("pytest", "dev"),
+        ("ruff", "dev"),
+    ],
+)
+def test_each_package_belongs_to_one_extra(package: str, extra: str) -> None:
+    assert [name for name, requirements in EXTRAS.items() if package in names(requirements)] == [extra]
+
+
+def test_constraints_pin_every_requirement_of_the_checks_and_name_no_address() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    wanted = PROJECT["dependencies"] + EXTRAS["tune"] + EXTRAS["postgres"] + EXTRAS["dev"]
+    assert names(wanted) <= names(lines)
+    assert "torchvision" not in names(lines)
