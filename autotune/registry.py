@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from autotune.config import AutotuneError
 from btp.errors import ProfileError
 from btp.profile import Profile
 
@@ -40,13 +41,14 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes on a server that is not there
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # refuse a long parameter instead of cutting it in silence
 }
 for _key, _value in MLFLOW_SETTINGS.items():
     os.environ.setdefault(_key, _value)
 
 
-class RegistryError(Exception):
+class RegistryError(AutotuneError):
     """The registry could not do what was asked; nothing half-written was left behind."""
 
 
@@ -191,7 +193,9 @@ class Registry:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             known = ", ".join(sorted(model.name for model in self._client.search_registered_models())) or "none"
-            raise RegistryError(f"no profile is registered as {name!r} in {self.tracking_uri}; known: {known}") from error
+            raise RegistryError(
+                f"no profile is registered as {name!r} in {self.tracking_uri}; known: {known}"
+            ) from error
 
     def _create_model(self, name: str) -> None:
         """Make sure the name exists. Never undone: another process may have put a version under it by then."""
@@ -211,10 +215,10 @@ class Registry:
         try:
             yield
         except MlflowException as error:
-            reason = str(error).splitlines()[0]
-            raise RegistryError(
-                f"could not {attempt} in {self.tracking_uri}: {reason}; if that is a server, check that it runs"
-            ) from error
+            refused = error.error_code == "INVALID_PARAMETER_VALUE"
+            way_out = "change that" if refused else "check that the registry runs and can be reached"
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise RegistryError(f"could not {attempt} in {self.tracking_uri}: {reason}; {way_out}") from error
 
 
 def _stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> str:
@@ -222,12 +226,11 @@ def _stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> st
 
     What is checked here is the copy that is uploaded: a file that changes in between cannot slip through.
     """
-    if not profile_path.is_file():
-        raise ProfileError(f"a profile is a file, and there is none at {profile_path}; save one first")
+    Profile.load(profile_path)  # so that an error names the caller's file
     profile = folder / PROFILE
     profile.parent.mkdir()
     shutil.copyfile(profile_path, profile)
-    sha256 = Profile.load(profile).sha256
+    sha256 = Profile.load(profile).digest
     for name, source in evidence.items():
         target = folder / "evidence" / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -244,7 +247,7 @@ def _stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> st
 
 def _check(profile: Path, version: Version) -> None:
     try:
-        sha256 = Profile.load(profile).sha256
+        sha256 = Profile.load(profile).digest
     except ProfileError as error:
         raise RegistryError(f"{version.uri} is damaged, {error}; register it again") from error
     if sha256 != version.sha256:

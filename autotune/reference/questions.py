@@ -33,17 +33,13 @@ def _pick(rng: np.random.Generator, items: list[Item]) -> Item | None:
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Pair:
-    names = {item.name for item in scene.items}
-    if rng.random() < 0.5:
-        name, answer = str(rng.choice(sorted(names))), "yes"
-    else:
-        # Half of the absent things are made of a colour and a kind that are both there, so neither alone tells.
-        here = {(a.color, b.kind) for a in scene.items for b in scene.items}
-        everywhere = {(color, kind) for color in COLORS for kind in (*SHAPES, "sign")}
-        hard = sorted(f"{c} {k}" for c, k in here if f"{c} {k}" not in names)
-        easy = sorted(f"{c} {k}" for c, k in everywhere if f"{c} {k}" not in names)
-        name, answer = str(rng.choice(hard if hard and rng.random() < 0.5 else easy)), "no"
-    return f"Is there a {name}?", answer
+    names = [lambda i: f"a {i.kind}", lambda i: f"a {i.color} thing", lambda i: f"a {i.name}"]
+    name = names[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
+    here = {name(item) for item in scene.items}
+    everywhere = {name(Item(kind, color, 0, 0, 0, 0, 0)) for color in COLORS for kind in (*SHAPES, "sign")}
+    there = rng.random() < 0.5
+    asked = str(rng.choice(sorted(here if there else everywhere - here)))
+    return f"Is there {asked}?", "yes" if there else "no"
 
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -66,14 +62,18 @@ def _counting(scene: Scene, rng: np.random.Generator) -> Pair:
 
 
 def _spatial(scene: Scene, rng: np.random.Generator) -> Pair | None:
-    unique = _unique(scene.items, lambda i: i.name)
-    if rng.random() < 0.25 and len({item.column for item in unique}) > 1:
+    names = [lambda i: i.kind, lambda i: f"{i.color} thing", lambda i: i.name]
+    name = names[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
+    unique = _unique(scene.items, name)
+    if rng.random() < 0.15 and len({item.column for item in unique}) > 1:
         a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
         while a.column == b.column:
             a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
-        return f"Is the {a.name} left of the {b.name}?", "yes" if a.column < b.column else "no"
+        return f"Is the {name(a)} left of the {name(b)}?", "yes" if a.column < b.column else "no"
     item = _pick(rng, unique)
-    return item and (f"Where is the {item.name}?", f"{('top', 'bottom')[item.row // 2]} {('left', 'right')[item.column // 2]}")
+    if item is None:
+        return None
+    return f"Where is the {name(item)}?", f"{('top', 'bottom')[item.row // 2]} {('left', 'right')[item.column // 2]}"
 
 
 def _reading(scene: Scene, rng: np.random.Generator) -> Pair | None:

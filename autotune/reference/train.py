@@ -209,7 +209,10 @@ class Trainer:
     def __init__(self, out: Path, stage: str, steps: int, batch: int, lr: float, device: str, seed: int) -> None:
         torch.manual_seed(seed)
         self.out, self.stage, self.steps, self.batch, self.lr, self.device = out, stage, steps, batch, lr, device
-        self.processor = build_processor()
+        kept = out / "processor"
+        if not kept.exists():
+            build_processor().save_pretrained(kept)
+        self.processor = LlavaProcessor.from_pretrained(kept)
         self.model = build_model(self.processor).to(device)
         self.words = {name: torch.tensor(ids, device=device) for name, ids in word_ids(self.processor.tokenizer).items()}
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in scenes.LABELS.items()}).to(device)

@@ -1,0 +1,94 @@
+"""Paired bootstrap over pictures: how sure a difference between two plans is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+__all__ = ["Interval", "ScoreTable", "latency_ratio"]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def latency_ratio(dense_ms: Sequence[float], pruned_ms: Sequence[float], quantile: float) -> Interval:
+    """Ratio of a quantile of the pruned latencies to that of the dense ones, pairs resampled together."""
+
+    def ratio(dense: NDArray[np.float64], pruned: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        top, bottom = (np.quantile(values, quantile, axis=axis) for values in (pruned, dense))
+        return np.asarray(top / bottom)
+
+    pairs = (np.asarray(dense_ms, float), np.asarray(pruned_ms, float))
+    found = stats.bootstrap(pairs, ratio, paired=True, vectorized=True, n_resamples=1000, method="percentile", rng=0)
+    interval = found.confidence_interval
+    return Interval(float(ratio(*pairs)), float(interval.low), float(interval.high))
+
+
+class ScoreTable:
+    """Which picture and task each sample has; turns per-sample scores in [0, 1] into accuracies with intervals.
+
+    Pictures are resampled whole: questions about one picture are not independent. Macro is the mean over the tasks.
+    """
+
+    def __init__(self, image_ids: Sequence[str], tasks: Sequence[str], num_resamples: int = 1000, seed: int = 0) -> None:
+        self.tasks = tuple(dict.fromkeys(tasks))
+        images = {image: row for row, image in enumerate(dict.fromkeys(image_ids))}
+        self._image = np.array([images[image] for image in image_ids])
+        self._task = np.array([self.tasks.index(task) for task in tasks])
+        self._shape = (len(images), len(self.tasks))
+        self._counts = self._sums(np.ones(len(image_ids)))
+        self._num_resamples, self._seed = num_resamples, seed
+
+    def _sums(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        table = np.zeros(self._shape)
+        np.add.at(table, (self._image, self._task), scores)
+        return table
+
+    def by_task(self, scores: Sequence[float]) -> dict[str, float]:
+        means = self._sums(np.asarray(scores, float)).sum(0) / self._counts.sum(0)
+        return dict(zip(self.tasks, means.tolist(), strict=True))
+
+    def macro(self, scores: Sequence[float]) -> Interval:
+        return self._interval(self._sums(np.asarray(scores, float)), slice(None))
+
+    def difference(self, scores: Sequence[float], reference: Sequence[float]) -> Interval:
+        """Macro of `scores` minus macro of `reference`, paired by sample."""
+        return self.macro(np.asarray(scores, float) - np.asarray(reference, float))  # type: ignore[arg-type]
+
+    def worst_task(self, scores: Sequence[float], dense: Sequence[float]) -> tuple[str, Interval]:
+        """The task that keeps least of its dense accuracy, and its accuracy with an interval."""
+        ours, theirs = self.by_task(scores), self.by_task(dense)
+        worst = min(self.tasks, key=lambda task: ours[task] / max(theirs[task], 1e-9))
+        return worst, self._interval(self._sums(np.asarray(scores, float)), [self.tasks.index(worst)])
+
+    def _interval(self, sums: NDArray[np.float64], tasks: slice | list[int]) -> Interval:
+        sums, counts = sums[:, tasks], self._counts[:, tasks]
+
+        def macro(rows: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+            # A resample that misses a task altogether says nothing about it: its mean is over the tasks it has.
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.nanmean(sums[rows].sum(-2) / counts[rows].sum(-2), axis=-1)
+
+        rows = np.arange(len(sums))
+        found = stats.bootstrap(
+            (rows,), macro, n_resamples=self._num_resamples, method="percentile", rng=self._seed, batch=100
+        )
+        interval = found.confidence_interval
+        return Interval(float(macro(rows)), float(interval.low), float(interval.high))

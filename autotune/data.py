@@ -1,0 +1,147 @@
+"""Examples to tune on: read, checked row by row, and split so that no picture is in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from autotune.config import AutotuneError
+from autotune.tasks import SCORERS
+
+__all__ = ["SPLITS", "Example", "digest", "from_dataset", "load", "split", "write_parquet"]
+
+SPLITS = ("calibrate", "select", "certify")
+SHARES = {"calibrate": 0.1, "select": 0.3, "certify": 0.6}
+COLUMNS = ("image", "question", "answer", "task")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question; `image_id` is the SHA-256 of the picture's pixels, shared by all questions about it."""
+
+    image: Image.Image
+    image_id: str
+    question: str
+    answer: str
+    task: str
+
+
+def load(path: Path) -> list[Example]:
+    """Examples from a JSONL file (image paths relative to it) or from any folder `datasets.load_dataset` reads.
+
+    Raises AutotuneError naming the row and what is wrong with it.
+    """
+    if not path.exists():
+        raise AutotuneError(f"--data must be a JSONL file or a dataset folder, got {path}, which does not exist")
+    rows = _jsonl_rows(path) if path.is_file() else _folder_rows(path)
+    examples = _examples(rows, path)
+    if not examples:
+        raise AutotuneError(f"--data needs at least one row, got none in {path}; each row has {', '.join(COLUMNS)}")
+    return examples
+
+
+def from_dataset(rows: Iterable[Mapping[str, Any]], where: str) -> list[Example]:
+    """Examples from rows whose `image` is a PIL picture."""
+    return _examples(enumerate(rows, start=1), Path(where))
+
+
+def split(examples: Sequence[Example], seed: int = 0) -> dict[str, list[Example]]:
+    """Calibrate, select and certify sets of whole pictures, shares 10, 30 and 60 %, by hash so that order is no matter."""
+    images = sorted({e.image_id for e in examples}, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    if len(images) < 10:
+        raise AutotuneError(
+            f"a tuning set needs at least 10 different pictures to split, got {len(images)}; add pictures"
+        )
+    edges = [0, round(SHARES["calibrate"] * len(images)), round((1 - SHARES["certify"]) * len(images)), len(images)]
+    home = {image: name for k, name in enumerate(SPLITS) for image in images[edges[k] : edges[k + 1]]}
+    return {name: [e for e in examples if home[e.image_id] == name] for name in SPLITS}
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """SHA-256 over pictures, questions, answers and tasks, in order."""
+    sha = hashlib.sha256()
+    for e in examples:
+        sha.update(json.dumps([e.image_id, e.question, e.answer, e.task]).encode())
+    return sha.hexdigest()
+
+
+def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write equally long columns as one Parquet file."""
+    import datasets
+
+    datasets.Dataset.from_dict(dict(columns)).to_parquet(str(path))
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise AutotuneError(f"{path}, row {number}: every line must be a JSON object, got {error}") from error
+            if not isinstance(row, dict):
+                raise AutotuneError(f"{path}, row {number}: every line must be a JSON object, got {type(row).__name__}")
+            yield number, row
+
+
+def _folder_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets
+
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+            loaded = datasets.concatenate_datasets(list(loaded.values())) if isinstance(loaded, dict) else loaded
+        else:
+            loaded = datasets.load_dataset(str(path), split="all")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise AutotuneError(f"--data must be a folder that `datasets` can load, got {path}: {error}") from error
+    yield from enumerate(loaded, start=1)
+
+
+def _examples(rows: Iterable[tuple[int, Mapping[str, Any]]], path: Path) -> list[Example]:
+    known: dict[Any, tuple[Image.Image, str]] = {}
+    examples = []
+    for number, row in rows:
+        where = f"{path}, row {number}"
+        if missing := [name for name in COLUMNS if name not in row]:
+            raise AutotuneError(f"{where}: a row needs {', '.join(COLUMNS)}, got no {missing[0]!r}")
+        if row["task"] not in SCORERS:
+            raise AutotuneError(
+                f"{where}: unknown task {row['task']!r}; known are {', '.join(SCORERS)} ('exact' for any other)"
+            )
+        for name in ("question", "answer"):
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise AutotuneError(f"{where}: {name!r} must be a non-empty text, got {row[name]!r}")
+        image, image_id = _picture(row["image"], path, where, known)
+        examples.append(Example(image, image_id, row["question"], row["answer"], row["task"]))
+    return examples
+
+
+def _picture(value: Any, path: Path, where: str, known: dict[Any, tuple[Image.Image, str]]) -> tuple[Image.Image, str]:
+    """The RGB picture and its id, opened and hashed once per file."""
+    if isinstance(value, str) and value in known:
+        return known[value]
+    if isinstance(value, Image.Image):
+        image = value.convert("RGB")
+    else:
+        file = path.parent / str(value)
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except FileNotFoundError as error:
+            raise AutotuneError(f"{where}: the image must exist, got {file}; paths are relative to the file") from error
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise AutotuneError(f"{where}: the image must be readable, got {file}: {error}") from error
+    image_id = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    known[image_id] = known.get(image_id, (image, image_id))  # one copy of a picture, however often it is asked about
+    if isinstance(value, str):
+        known[value] = known[image_id]
+    return known[image_id]

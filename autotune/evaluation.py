@@ -1,0 +1,149 @@
+"""Answers and scores of a model under a plan, on examples whose pictures are encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import btp
+from autotune.config import AutotuneError
+from autotune.data import Example
+from autotune.tasks import SCORERS
+from btp.plan import Plan
+from btp.prefix import encode_images
+
+__all__ = ["Evaluator", "Scores", "load_model", "prompt_inputs"]
+
+BATCH_SIZE = 24
+IMAGES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per-sample answers and scores in [0, 1], in the order of the examples."""
+
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+def load_model(source: str, device: str) -> tuple[Any, Any]:
+    """Model (float32 on CPU, its own dtype elsewhere) and processor of a local folder or a hub id, ready to evaluate."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = "folder" if Path(source).exists() else "folder or hub id"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AutotuneError(
+            f"--model must be a {kind} that transformers can load with its processor, got {source}: {reason}; "
+            "save both with save_pretrained into one folder"
+        ) from error
+    if getattr(processor, "chat_template", None) is None:
+        raise AutotuneError(f"the processor in {source} must have a chat template, got none; add chat_template.jinja")
+    processor.tokenizer.padding_side = "left"
+    return model.to(device).eval(), processor
+
+
+def prompt_inputs(processor: Any, examples: Sequence[Example], device: str) -> dict[str, Any]:
+    """Left-padded model inputs of the examples' questions, pictures included."""
+    batch = processor(
+        images=[e.image for e in examples],
+        text=[_prompt(processor, e.question) for e in examples],
+        padding=True,
+        return_tensors="pt",
+    )
+    return dict(batch.to(device))
+
+
+def _prompt(processor: Any, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+
+
+class Evaluator:
+    """Scores plans on a fixed list of examples; prompts and encoded pictures are prepared once and kept.
+
+    Examples are batched by task and prompt length, so that short answers do not wait for long ones.
+    """
+
+    def __init__(self, model: Any, processor: Any, examples: Sequence[Example]) -> None:
+        self._model, self._processor, self.examples = model, processor, tuple(examples)
+        self._device = str(model.device)
+        longest = {e.task: 0 for e in examples}
+        for e in examples:
+            num_tokens = len(processor.tokenizer.encode(e.answer, add_special_tokens=False))
+            longest[e.task] = max(longest[e.task], num_tokens)
+        self._max_new_tokens = {task: num_tokens + 4 for task, num_tokens in longest.items()}
+        self._batches = self._prepare()
+
+    def _prepare(self) -> list[tuple[list[int], dict[str, Any]]]:
+        order = sorted(range(len(self.examples)), key=self._batch_key)
+        groups: list[list[int]] = []
+        for index in order:
+            same_task = groups and self.examples[groups[-1][0]].task == self.examples[index].task
+            if same_task and len(groups[-1]) < BATCH_SIZE:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        encoded = self._encode_images()
+        return [(group, self._batch([self.examples[i] for i in group], encoded)) for group in groups]
+
+    def _batch_key(self, index: int) -> tuple[str, int, int]:
+        example = self.examples[index]
+        return example.task, len(example.question), index
+
+    def _encode_images(self) -> dict[str, Any]:
+        """Per picture the model's inputs that carry it, encoded once however often it is asked about."""
+        firsts = list({e.image_id: e for e in self.examples}.values())
+        encoded: dict[str, Any] = {}
+        for start in range(0, len(firsts), IMAGES_AT_ONCE):
+            chunk = firsts[start : start + IMAGES_AT_ONCE]
+            inputs = prompt_inputs(self._processor, chunk, self._device)
+            with torch.inference_mode():
+                features = encode_images(self._model, inputs)["mm_encoder_outputs"]["image"].pooler_output
+            encoded.update(zip((e.image_id for e in chunk), features, strict=True))
+        return encoded
+
+    def _batch(self, examples: Sequence[Example], encoded: Mapping[str, Any]) -> dict[str, Any]:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        inputs = prompt_inputs(self._processor, examples, self._device)
+        del inputs["pixel_values"]
+        features = [encoded[e.image_id] for e in examples]
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return inputs
+
+    def __call__(self, plan: Plan) -> Iterator[Scores]:
+        """Running scores, one batch more at a time; the last one is complete. Closing it stops the work."""
+        answers: list[str | None] = [None] * len(self.examples)
+        with btp.prune(self._model, plan):
+            for group, inputs in self._batches:
+                for index, answer in zip(group, self._generate(inputs, self.examples[group[0]].task), strict=True):
+                    answers[index] = answer
+                yield self._scored(answers)
+
+    def complete(self, plan: Plan) -> Scores:
+        """All scores of a plan."""
+        *_, last = self(plan)
+        return last
+
+    def _generate(self, inputs: dict[str, Any], task: str) -> list[str]:
+        with torch.inference_mode():
+            # A copy, since `generate` fills the dictionary of encoder outputs it is handed.
+            own = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+            ids = self._model.generate(**own, max_new_tokens=self._max_new_tokens[task], do_sample=False)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        return [text.strip().lower() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _scored(self, answers: Sequence[str | None]) -> Scores:
+        done = [(answer, e) for answer, e in zip(answers, self.examples, strict=True) if answer is not None]
+        return Scores(tuple(a for a, _ in done), tuple(SCORERS[e.task](a, e.answer) for a, e in done))

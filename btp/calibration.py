@@ -1,0 +1,70 @@
+"""Where a model works on its image tokens: the calibration step of BTP (arXiv 2505.22038).
+
+Shapes: B batch, S tokens, N image tokens, D hidden size.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btp.anatomy import anatomy_of
+from btp.errors import PlanError
+
+__all__ = ["cosine_shift", "stage_layers"]
+
+
+@torch.no_grad()
+def cosine_shift(model: nn.Module, batches: Iterable[Mapping[str, Any]], tau: float = 0.93) -> list[int]:
+    """Per decoder layer, how many image tokens the layer turns: cosine similarity before/after it under tau.
+
+    batches: model inputs with input_ids and images; the paper uses 64 random samples. Counts are summed over all of
+    them. Runs the dense model, so call it outside `prune`.
+    """
+    anatomy = anatomy_of(model)
+    shifted = torch.zeros(len(anatomy.layers), dtype=torch.long, device=next(model.parameters()).device)
+    for batch in batches:
+        image_mask_BS = anatomy.image_mask(batch["input_ids"])
+        with ExitStack() as cleanup:
+            for index, layer in enumerate(anatomy.layers):
+                count = partial(_count_shifted, shifted[index], image_mask_BS, tau)
+                cleanup.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
+            model(**batch, use_cache=False, logits_to_keep=1)
+    return [int(count) for count in shifted.tolist()]
+
+
+def stage_layers(shifts: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Layers to prune before, right after the peaks of `shifts`, rising.
+
+    A peak is a layer that turns at least as many tokens as both its neighbours. The num_stages highest peaks are
+    taken, the earlier of equals first; where there are fewer, the highest other layers fill up. A peak at layer i
+    puts a stage before layer i + 1, so the last layer never counts.
+    """
+    candidates = range(len(shifts) - 1)
+    if not 0 <= num_stages <= len(candidates):
+        raise PlanError(
+            f"num_stages must be from 0 to one less than the model's {len(shifts)} layers, got {num_stages}; "
+            "ask for fewer stages"
+        )
+    padded = [-1, *shifts, -1]
+    peaks = {i for i in candidates if padded[i] <= shifts[i] >= padded[i + 2]}
+    by_height = sorted(candidates, key=lambda i: (i not in peaks, -shifts[i], i))
+    return tuple(sorted(i + 1 for i in by_height[:num_stages]))
+
+
+def _count_shifted(
+    total: Tensor,
+    image_mask_BS: Tensor,
+    tau: float,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor | tuple[Tensor, ...],
+) -> None:
+    before_BSD = args[0] if args else kwargs["hidden_states"]
+    after_BSD = output if isinstance(output, Tensor) else output[0]
+    similarity_BS = torch.cosine_similarity(before_BSD.float(), after_BSD.float(), dim=-1)
+    total += ((similarity_BS < tau) & image_mask_BS.to(similarity_BS.device)).sum()

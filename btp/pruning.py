@@ -1,0 +1,168 @@
+"""Apply a plan to a model for as long as a `with` lasts, and leave no trace.
+
+The life cycle of one forward: the multimodal module's hook notes the prompt's input_ids; the language model's hook
+tells prefill (empty cache) from decoding and makes the object that knows what each layer gets; each decoder layer's
+hook asks it; when the language model is through, what happened is compared with the plan.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from btp.anatomy import Anatomy, anatomy_of
+from btp.decode import Decode, attach_layout, layout_of
+from btp.errors import PlanError, RealizationError
+from btp.plan import Plan
+from btp.prefill import Prefill, Trace
+from btp.selection import SELECTORS
+
+__all__ = ["Trace", "prune"]
+
+_PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models inside a `with prune`
+
+
+@contextmanager
+def prune(model: nn.Module, plan: Plan) -> Iterator[Trace]:
+    """Run `model` by `plan` inside the `with`; the trace tells what the latest prefill kept.
+
+    The logits of a pruned prefill cover the surviving tokens only, in order; the last one is the last prompt token's,
+    so `generate` and `logits_to_keep=1` work as ever. Decode inside the same `with`, on the cache the prefill
+    returned, with masks and positions as if nothing had been dropped. Prompts without images pass untouched.
+
+    Raises UnsupportedModelError, PlanError when the plan does not fit the model, and RealizationError when a forward
+    cannot be pruned (labels, static caches, unequal image counts in a batch) or did not do what the plan says.
+    """
+    anatomy = anatomy_of(model)
+    _check_plan(plan, anatomy)
+    if anatomy.multimodal in _PRUNED:
+        raise RealizationError("a model must be under one plan at a time, got a second prune(); leave the first `with`")
+    trace = Trace()
+    with ExitStack() as cleanup:
+        _PRUNED.add(anatomy.multimodal)
+        cleanup.callback(_PRUNED.discard, anatomy.multimodal)
+        for handle in _Hooks(anatomy, plan, trace).register():
+            cleanup.callback(handle.remove)
+        yield trace
+
+
+def _check_plan(plan: Plan, anatomy: Anatomy) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a btp.Plan, got {type(plan).__name__}; Plan.load reads plan and profile files")
+    for stage in plan.stages:
+        if stage.layer >= len(anatomy.layers):
+            raise PlanError(
+                f"a stage's layer must be below the model's {len(anatomy.layers)} layers, got {stage.layer}; "
+                "scale the plan to this model's depth"
+            )
+        if stage.selector not in SELECTORS:
+            raise PlanError(
+                f"selector must be one of {', '.join(sorted(SELECTORS))}, got '{stage.selector}'; "
+                "add your own to btp.selection.SELECTORS"
+            )
+
+
+class _Hooks:
+    """The hooks of one `with`, and what they tell each other during one forward."""
+
+    def __init__(self, anatomy: Anatomy, plan: Plan, trace: Trace) -> None:
+        self._anatomy, self._plan, self._trace = anatomy, plan, trace
+        self._prompt: dict[str, Any] | None = None  # inputs of the multimodal module, until the decoder takes them
+        self._forward: Prefill | Decode | None = None
+        self._cache: object | None = None
+
+    def register(self) -> Iterator[Any]:
+        """Register every hook, handing out each handle as soon as it exists."""
+        anatomy = self._anatomy
+        yield anatomy.model.register_forward_pre_hook(self._check_call, with_kwargs=True)
+        yield anatomy.multimodal.register_forward_pre_hook(self._note_prompt, with_kwargs=True)
+        yield anatomy.multimodal.register_forward_hook(self._after_multimodal)
+        yield anatomy.language_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        for index, layer in enumerate(anatomy.layers):
+            yield layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+        yield anatomy.language_model.register_forward_hook(self._after_decoder)
+
+    def _check_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise RealizationError(
+                "labels must not be given under prune(): logits cover the surviving tokens only, so labels would not "
+                "line up; take the logits and compute the loss yourself, or leave the `with`"
+            )
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise RealizationError(
+                "logits_to_keep must be a count under prune(), got positions: they would point past dropped tokens; "
+                "pass a count, or pick positions from the surviving logits"
+            )
+
+    def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forward = None
+        self._prompt = {"input_ids": args[0] if args else None, **kwargs}
+
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        prompt, self._prompt, self._forward, self._cache = self._prompt, None, None, None
+        cache = kwargs.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise RealizationError(
+                f"the cache must grow by concatenation, got {type(cache).__name__}: its layers cannot differ in length;"
+                " leave cache_implementation unset, or pass a DynamicCache"
+            )
+        if cache is None or cache.get_seq_length() == 0:
+            self._forward = self._start_prefill(prompt, kwargs)
+            return None
+        layout = layout_of(cache, len(self._anatomy.layers))
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            self._refuse_late_images(prompt)
+        if layout is None:
+            return None
+        self._forward = decode = Decode(self._anatomy, layout, kwargs)
+        return args, decode.decoder_inputs
+
+    def _start_prefill(self, prompt: dict[str, Any] | None, kwargs: dict[str, Any]) -> Prefill | None:
+        input_ids_BS = None if prompt is None else prompt.get("input_ids")
+        if input_ids_BS is None:
+            raise RealizationError(
+                "a prefill under prune() must come through the whole model with input_ids, got embeddings only: the "
+                "image tokens cannot be told from them; call model(input_ids=..., pixel_values=...)"
+            )
+        self._trace.alive, self._trace.num_image_tokens = [], 0
+        image_mask_BS = self._anatomy.image_mask(input_ids_BS)
+        prefill = Prefill(self._anatomy, self._plan, image_mask_BS, kwargs.get("attention_mask"), self._trace)
+        return prefill if self._trace.num_image_tokens else None
+
+    def _refuse_late_images(self, prompt: dict[str, Any] | None) -> None:
+        input_ids_BS = None if prompt is None else prompt.get("input_ids")
+        if input_ids_BS is not None and bool(self._anatomy.image_mask(input_ids_BS).any()):
+            raise RealizationError(
+                "all image tokens must come in one prefill into an empty cache, got some on a filled one; "
+                "prefill the whole prompt at once, without prefill_chunk_size"
+            )
+
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._forward is None:
+            return None
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self._cache = kwargs.get("past_key_values")
+        hidden, kwargs = self._forward.enter_layer(index, hidden, kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward, cache, self._forward, self._cache = self._forward, self._cache, None, None
+        if isinstance(forward, Prefill):
+            forward.verify(output[0])
+            if cache is not None:
+                attach_layout(cache, forward.layout())
+
+    def _after_multimodal(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._prompt is not None:
+            self._prompt = None
+            raise RealizationError(
+                "the language model's hooks must run in every forward under prune(), but did not; "
+                "do not replace or compile the model's modules inside the `with`"
+            )

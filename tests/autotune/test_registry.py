@@ -1,0 +1,327 @@
+"""The registry on a real MLflow with a SQLite file: what goes in comes out, and nothing half-written stays."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlflow")
+
+from mlflow import MlflowClient
+
+from autotune.registry import Registry, RegistryError, Version
+from btp.errors import ProfileError
+from btp.plan import Plan, Stage
+from btp.profile import DeviceKey, ModelIdentity, Profile, Workload
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """One database for the file, as creating its tables takes seconds; each test keeps to a model name of its own."""
+    return Registry(f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db")
+
+
+@pytest.fixture
+def client(registry: Registry) -> MlflowClient:
+    """MLflow itself, to look past the registry at what it left behind."""
+    return MlflowClient(tracking_uri=registry.tracking_uri)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)
+
+
+def register(registry: Registry, name: str, profile: Path, **changes: Any) -> Version:
+    arguments: dict[str, Any] = {
+        "name": name,
+        "profile_path": profile,
+        "evidence": {},
+        "tags": {"device": "cpu"},
+        "metrics": {"prefill_ms": 12.5},
+        "params": {"layer": "2"},
+        "experiment": name,
+        "alias": "cpu",
+    }
+    return registry.register(**arguments | changes)
+
+
+def active_runs(client: MlflowClient, experiment: str) -> list[Any]:
+    found = client.get_experiment_by_name(experiment)
+    return client.search_runs([found.experiment_id]) if found else []
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of an MLflow server that hands artifacts through, as docker-compose.yml starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    options = [f"--port={port}", "--host=127.0.0.1", "--workers=1", "--serve-artifacts"]
+    stores = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/served"]
+    command = [sys.executable, "-m", "mlflow", "server", *options, *stores]
+    with (
+        (tmp_path / "server.log").open("wb") as log,
+        subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            _wait_until_healthy(address)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def _wait_until_healthy(address: str) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def artifact(client: MlflowClient, version: Version) -> Path:
+    """Where the profile of a version lies on this disk."""
+    return Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://")) / "profile" / "profile.json"
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    return save_profile(tmp_path / "profile.json", 0)
+
+
+@pytest.fixture
+def other_profile(tmp_path: Path) -> Path:
+    return save_profile(tmp_path / "other.json", 2)
+
+
+def save_profile(path: Path, layer: int) -> Path:
+    kernel = {"dtype": "float32", "attention": "sdpa"}
+    size = {"batch_size": 1, "image_tokens": 16, "prompt_tokens": 24}
+    software = {"driver": "", "cuda": "", "torch": "2.13.0", "transformers": "5.23.0"}
+    Profile(
+        plan=Plan(stages=(Stage(layer=layer, keep=0.5),)),
+        model=ModelIdentity(architecture="Tiny", num_layers=4, hidden_size=8, num_image_tokens=16),
+        workload=Workload(**kernel, **size),
+        device=DeviceKey(name="cpu", **software, **kernel, **size),
+    ).save(path)
+    return path
+
+
+def test_a_registered_profile_is_pulled_unchanged(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+    version = register(registry, name, profile)
+    pulled = registry.pull(name, "cpu", tmp_path / "new" / "pulled.json")
+    assert pulled == tmp_path / "new" / "pulled.json"
+    assert pulled.read_bytes() == profile.read_bytes()
+    assert [path.name for path in pulled.parent.iterdir()] == ["pulled.json"]
+    assert version.version == 1
+    assert version.alias == "cpu"
+    assert version.uri == f"models:/{name}/1"
+    assert version.sha256 == Profile.load(profile).digest
+
+
+def test_a_folder_receives_profile_json(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+    register(registry, name, profile)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert registry.pull(name, "cpu", folder) == folder / "profile.json"
+
+
+def test_one_run_holds_evidence_metrics_params_and_tags(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "part.parquet").write_bytes(b"rows")
+    (tmp_path / "picture").write_bytes(b"png")
+    evidence = {"front.png": tmp_path / "picture", "study/trials": tmp_path / "trials"}
+    version = register(registry, name, profile, evidence=evidence)
+    (run,) = active_runs(client, name)
+    assert run.info.run_id == version.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"prefill_ms": 12.5}
+    assert run.data.params == {"layer": "2"}
+    assert run.data.tags["device"] == "cpu"
+    stored = Path(client.download_artifacts(version.run_id, "evidence", str(tmp_path)))
+    assert (stored / "front.png").read_bytes() == b"png"
+    assert (stored / "study" / "trials" / "part.parquet").read_bytes() == b"rows"
+
+
+def test_the_alias_moves_to_the_second_version(
+    registry: Registry, name: str, profile: Path, other_profile: Path, tmp_path: Path
+) -> None:
+    first = register(registry, name, profile)
+    second = register(registry, name, other_profile)
+    register(registry, name, profile, alias="gpu")
+    listed = [(version.version, version.aliases) for version in registry.versions(name)]
+    assert listed == [(3, ("gpu",)), (2, ("cpu",)), (1, ())]
+    assert registry.versions(name)[2].sha256 == first.sha256 != second.sha256
+    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == other_profile.read_bytes()
+
+
+def test_another_process_reads_what_this_one_wrote_and_stays_quiet(
+    registry: Registry, name: str, profile: Path, tmp_path: Path
+) -> None:
+    register(registry, name, profile)
+    code = (
+        "import sys, pathlib; from autotune.registry import Registry\n"
+        "print(Registry(sys.argv[1]).pull(sys.argv[2], 'cpu', pathlib.Path(sys.argv[3])).name)"
+    )
+    arguments = [registry.tracking_uri, name, str(tmp_path / "pulled.json")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("pulled.json\n", "")
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_new_database_is_created_in_silence(tmp_path: Path) -> None:
+    code = "import sys; from autotune.registry import Registry; Registry(sys.argv[1]).versions('nothing')"
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    done = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].startswith("autotune.registry.RegistryError: no profile is registered")
+    assert "INFO" not in done.stderr
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_tampered_artifact_is_refused_and_not_put_in_place(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, tmp_path: Path
+) -> None:
+    version = register(registry, name, profile)
+    stored = artifact(client, version)
+    stored.write_text(stored.read_text().replace("0.5", "0.6"))
+    with pytest.raises(RegistryError, match=f"models:/{name}/1 is damaged"):
+        registry.pull(name, "cpu", tmp_path / "pulled.json")
+    assert not (tmp_path / "pulled.json").exists()
+
+
+def test_an_exchanged_profile_is_refused_though_it_is_valid(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, other_profile: Path, tmp_path: Path
+) -> None:
+    version = register(registry, name, profile)
+    artifact(client, version).write_bytes(other_profile.read_bytes())
+    with pytest.raises(RegistryError, match=f"must have SHA-256 {version.sha256}"):
+        registry.pull(name, "cpu", tmp_path / "pulled.json")
+
+
+def test_an_unknown_alias_lists_the_known_ones(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+    register(registry, name, profile, alias="h200")
+    register(registry, name, profile, alias="a100")
+    with pytest.raises(RegistryError, match=r"no alias 'cpu'; it has: a100, h200$"):
+        registry.pull(name, "cpu", tmp_path)
+
+
+def test_an_unknown_name_lists_the_known_ones(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+    register(registry, name, profile)
+    with pytest.raises(RegistryError, match=rf"no profile is registered as 'other' .* known: .*{name}"):
+        registry.pull("other", "cpu", tmp_path)
+    with pytest.raises(RegistryError, match="no profile is registered as 'other'"):
+        registry.versions("other")
+
+
+def test_a_failure_in_the_last_step_leaves_neither_run_nor_version(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, other_profile: Path, tmp_path: Path
+) -> None:
+    kept = register(registry, name, profile)
+    with pytest.raises(RegistryError, match=r"could not register .*reserved; change that"):
+        register(registry, name, other_profile, alias="latest")  # MLflow keeps this alias for itself
+    assert [run.info.run_id for run in active_runs(client, name)] == [kept.run_id]
+    assert registry.versions(name) == [kept]
+    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_an_interrupted_upload_leaves_no_run(
+    registry: Registry,
+    client: MlflowClient,
+    profile: Path,
+    failure: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = f"interrupted-{failure.__name__}"
+
+    def stop(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", stop)
+    with pytest.raises(failure):
+        register(registry, name, profile)
+    assert active_runs(client, name) == []
+    assert not client.search_registered_models(f"name='{name}'")
+
+
+def test_a_bad_profile_is_refused_before_anything_is_written(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed.json"
+    changed.write_text(profile.read_text().replace("0.5", "0.6"))
+    for bad in (changed, tmp_path / "missing.json"):
+        with pytest.raises(ProfileError, match=str(bad)):
+            register(registry, name, bad)
+    assert client.get_experiment_by_name(name) is None
+
+
+def test_a_parameter_too_long_for_mlflow_is_refused_and_not_cut(
+    registry: Registry, client: MlflowClient, name: str, profile: Path
+) -> None:
+    with pytest.raises(RegistryError, match="6000"):
+        register(registry, name, profile, params={"plan": "x" * 6001})
+    assert active_runs(client, name) == []
+
+
+@pytest.mark.parametrize("evidence_name", ["/etc/front.png", "../front.png"])
+def test_evidence_stays_in_its_folder(registry: Registry, name: str, profile: Path, evidence_name: str) -> None:
+    with pytest.raises(RegistryError, match="inside its folder"):
+        register(registry, name, profile, evidence={evidence_name: profile})
+
+
+def test_missing_evidence_is_refused(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"must exist .* for 'front.png'"):
+        register(registry, name, profile, evidence={"front.png": tmp_path / "none.png"})
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///", "postgresql://host/db", ""])
+def test_only_sqlite_and_servers_are_registries(uri: str) -> None:
+    with pytest.raises(RegistryError, match="a registry is sqlite:///FILE"):
+        Registry(uri)
+
+
+def test_a_server_keeps_its_own_artifacts(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="keeps the artifacts itself"):
+        Registry("http://127.0.0.1:5000", tmp_path)
+
+
+def test_a_server_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"  # bound, and nobody listens
+        with pytest.raises(RegistryError, match=f"could not pull x@cpu in {address}: .* check that the registry runs"):
+            Registry(address).pull("x", "cpu", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_holds_the_same_promises(
+    server: str, name: str, profile: Path, other_profile: Path, tmp_path: Path
+) -> None:
+    registry = Registry(server)
+    first = register(registry, name, profile, evidence={"front.png": profile})
+    with pytest.raises(RegistryError, match="reserved"):
+        register(registry, name, other_profile, alias="latest")
+    assert registry.versions(name) == [first]
+    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
+    (stored,) = (tmp_path / "served").glob(f"**/{first.run_id}/**/profile.json")
+    stored.write_bytes(other_profile.read_bytes())
+    with pytest.raises(RegistryError, match="changed after it was registered"):
+        registry.pull(name, "cpu", tmp_path / "p.json")
+    assert (tmp_path / "p.json").read_bytes() == profile.read_bytes()

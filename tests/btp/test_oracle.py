@@ -1,0 +1,140 @@
+"""Removing equals masking: what pruning computes is what the dense model computes with the dropped tokens masked."""
+
+import copy
+
+import pytest
+import torch
+
+from btp import Plan, Stage, prune
+from btp.selection import SELECTORS
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def plan_of(selector="balanced", layers=(1, 3), keep=(0.6, 0.3), positions="keep"):
+    stages = (
+        Stage(layer=layer, keep=share, selector=selector, attention_weight=0.5, oversample=1.5)
+        for layer, share in zip(layers, keep, strict=True)
+    )
+    return Plan(stages=tuple(stages), positions=positions)
+
+
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(("batch", "padding"), [(1, "none"), (3, "none"), (3, "left"), (3, "right")])
+def test_prefill_logits_equal_masked_dense(
+    llava, inputs_for, masked_dense, hidden_of, device, selector, kernel, batch, padding
+):
+    model, inputs = llava(kernel, device=device), inputs_for(batch, padding=padding, device=device)
+    with torch.no_grad(), prune(model, plan_of(selector)) as trace:
+        pruned = model(**inputs).logits
+    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
+        dense = model(**inputs).logits
+    survives = ~hidden_of(inputs["input_ids"], trace.alive)[-1]
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    for row in range(batch):
+        real_among_survivors = real[row][survives[row]]
+        torch.testing.assert_close(
+            pruned[row][real_among_survivors], dense[row][survives[row] & real[row]], **TOLERANCE
+        )
+
+
+@pytest.mark.parametrize(
+    "layers_keep", [((0,), (0.4,)), ((0, 2), (0.5, 0.0)), ((1, 2, 3), (0.8, 0.4, 0.1)), ((2,), (0.0,))]
+)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(("batch", "padding"), [(1, "none"), (3, "left")])
+@pytest.mark.parametrize("loop", ["generate", "by hand", "by hand, positions given", "copied cache"])
+def test_greedy_decoding_equals_masked_dense(
+    llava, inputs_for, masked_dense, layers_keep, kernel, batch, padding, loop
+):
+    model, inputs = llava(kernel), inputs_for(batch, padding=padding)
+    with torch.no_grad(), prune(model, plan_of("balanced", *layers_keep)) as trace:
+        pruned_tokens, pruned_logits = decode(model, inputs, loop)
+    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
+        dense_tokens, dense_logits = decode(model, inputs, loop)
+    assert torch.equal(pruned_tokens, dense_tokens)
+    torch.testing.assert_close(pruned_logits, dense_logits, **TOLERANCE)
+
+
+def decode(model, inputs, loop, steps=5):
+    """Greedy tokens (B, steps) and the logits behind them (B, steps, V)."""
+    if loop == "generate":
+        output = model.generate(
+            **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return output.sequences[:, -steps:], torch.stack(output.logits, dim=1)
+    mask = inputs.get("attention_mask")
+    extra = {}
+    if loop == "by hand, positions given":
+        known = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        positions = (known.cumsum(dim=1) - 1).clamp(min=0)
+        extra = {"position_ids": positions}
+    output = model(**inputs, **extra, use_cache=True, logits_to_keep=1)
+    logits = [output.logits[:, -1]]
+    while len(logits) < steps:
+        token = logits[-1].argmax(dim=-1, keepdim=True)
+        if mask is not None:
+            mask = torch.cat((mask, torch.ones_like(token)), dim=1)
+        if extra:
+            extra = {"position_ids": extra["position_ids"][:, -1:] + 1}
+        cache = output.past_key_values
+        cache = copy.deepcopy(cache) if loop == "copied cache" else cache
+        output = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        logits.append(output.logits[:, -1])
+    stacked = torch.stack(logits, dim=1)
+    return stacked.argmax(dim=-1), stacked
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("layers_keep", [((0, 2), (0.5, 0.2)), ((1, 3), (0.5, 0.2))])
+def test_several_new_tokens_at_once_equal_masked_dense(llava, inputs_for, masked_dense, kernel, padding, layers_keep):
+    model, inputs = llava(kernel), inputs_for(2, padding=padding)
+    answer = torch.tensor([[5, 9, 17], [40, 3, 8]])
+
+    def answer_logits():
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            mask = torch.cat((mask, torch.ones_like(answer)), dim=1)
+        return model(input_ids=answer, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad(), prune(model, plan_of("balanced", *layers_keep)) as trace:
+        pruned = answer_logits()
+    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
+        torch.testing.assert_close(pruned, answer_logits(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_beams_and_cacheless_generation_equal_masked_dense(llava, inputs_for, masked_dense, kernel, use_cache):
+    model, inputs = llava(kernel), inputs_for(2, padding="left")
+    plan = plan_of("uniform")  # the same survivors whatever the last token is, so that each step drops the same
+    settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache, "num_beams": 3 if use_cache else 1}
+    with prune(model, plan) as trace:
+        pruned = model.generate(**inputs, **settings)
+    repeated = inputs["input_ids"].repeat_interleave(settings["num_beams"], dim=0)
+    with masked_dense(model, repeated, trace.alive):
+        assert torch.equal(pruned, model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_ready_4d_mask_is_sliced_too(llava, inputs_for, masked_dense, hidden_of, kernel):
+    model, inputs = llava(kernel), inputs_for(2, padding="left")
+    padding = inputs.pop("attention_mask").bool()
+    length = padding.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool).tril() & padding[:, None, None, :]
+    visible |= torch.eye(length, dtype=torch.bool)
+    mask = (
+        visible
+        if kernel == "sdpa"
+        else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    )
+    with torch.no_grad(), prune(model, plan_of()) as trace:
+        pruned = model(**inputs, attention_mask=mask).logits
+    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
+        dense = model(**inputs, attention_mask=mask).logits
+    survives = ~hidden_of(inputs["input_ids"], trace.alive)[-1]
+    for row in range(2):
+        torch.testing.assert_close(pruned[row], dense[row][survives[row]], **TOLERANCE)
