@@ -24,9 +24,6 @@ class Interval:
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
-    def to_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
 
 def latency_ratio(dense_ms: Sequence[float], pruned_ms: Sequence[float], quantile: float) -> Interval:
     """Ratio of a quantile of the pruned latencies to that of the dense ones, pairs resampled together."""
@@ -47,7 +44,9 @@ class ScoreTable:
     Pictures are resampled whole: questions about one picture are not independent. Macro is the mean over the tasks.
     """
 
-    def __init__(self, image_ids: Sequence[str], tasks: Sequence[str], num_resamples: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self, image_ids: Sequence[str], tasks: Sequence[str], num_resamples: int = 1000, seed: int = 0
+    ) -> None:
         self.tasks = tuple(dict.fromkeys(tasks))
         images = {image: row for row, image in enumerate(dict.fromkeys(image_ids))}
         self._image = np.array([images[image] for image in image_ids])
@@ -65,12 +64,12 @@ class ScoreTable:
         means = self._sums(np.asarray(scores, float)).sum(0) / self._counts.sum(0)
         return dict(zip(self.tasks, means.tolist(), strict=True))
 
-    def macro(self, scores: Sequence[float]) -> Interval:
+    def macro(self, scores: Sequence[float] | NDArray[np.float64]) -> Interval:
         return self._interval(self._sums(np.asarray(scores, float)), slice(None))
 
     def difference(self, scores: Sequence[float], reference: Sequence[float]) -> Interval:
         """Macro of `scores` minus macro of `reference`, paired by sample."""
-        return self.macro(np.asarray(scores, float) - np.asarray(reference, float))  # type: ignore[arg-type]
+        return self.macro(np.asarray(scores, float) - np.asarray(reference, float))
 
     def worst_task(self, scores: Sequence[float], dense: Sequence[float]) -> tuple[str, Interval]:
         """The task that keeps least of its dense accuracy, and its accuracy with an interval."""
@@ -84,7 +83,7 @@ class ScoreTable:
         def macro(rows: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
             # A resample that misses a task altogether says nothing about it: its mean is over the tasks it has.
             with np.errstate(invalid="ignore", divide="ignore"):
-                return np.nanmean(sums[rows].sum(-2) / counts[rows].sum(-2), axis=-1)
+                return np.asarray(np.nanmean(sums[rows].sum(-2) / counts[rows].sum(-2), axis=-1))
 
         rows = np.arange(len(sums))
         found = stats.bootstrap(

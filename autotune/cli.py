@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,9 @@ app = typer.Typer(
 )
 stderr = Console(stderr=True)
 
-LimitOption = Annotated[str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')]
+LimitOption = Annotated[
+    str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')
+]
 OutOption = Annotated[Path, typer.Option(help="Folder for the study, the registry and everything written.")]
 TrialsOption = Annotated[int, typer.Option("--trials", min=1, help="Finished trials to reach, earlier ones counted.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the search.")]
@@ -101,8 +103,8 @@ def measure(
     with _errors(debug):
         import torch
 
+        from autotune.bench import measure_ratio
         from autotune.evaluation import load_model, prompt_inputs
-        from autotune.job import measure_ratio
         from autotune.reference import WEIGHTS
         from btp.anatomy import anatomy_of
         from btp.plan import Plan
@@ -114,10 +116,10 @@ def measure(
         if "schema_version" in json.loads(profile.read_text(encoding="utf-8")):
             Profile.load(profile).check_fits(anatomy_of(loaded).identity)
         inputs = prompt_inputs(processor, _splits(data)["calibrate"][:1], device)
-        ratio, dense_ms, _ = measure_ratio(loaded, inputs, plan, bound, repeats)
+        ratio, dense_ms = measure_ratio(loaded, inputs, plan, bound, repeats)
         met = ratio.value <= bound.ratio(dense_ms)
         if as_json:
-            print(json.dumps({"ratio": ratio.to_dict(), "dense_ms": dense_ms, "limit": str(bound), "met": met}))
+            print(json.dumps({"ratio": asdict(ratio), "dense_ms": dense_ms, "limit": str(bound), "met": met}))
         else:
             word = "meets" if met else "misses"
             print(f"{ratio.value:.3f}x of dense [{ratio.low:.3f}, {ratio.high:.3f}], {dense_ms:.1f} ms: {word} {bound}")
@@ -165,13 +167,19 @@ def _config(
         name=name,
         num_trials=trials,
         seed=seed,
-        space=space,
+        space=space or _default_space(),
         repeats=repeats,
         threads=threads,
         fresh=fresh,
         tracking_uri=registry,
         device=device,
     )
+
+
+def _default_space() -> Path:
+    """The search space that comes along, in an installed wheel or in a checkout."""
+    inside = Path(__file__).parent / "search_spaces" / "reference.yaml"
+    return inside if inside.exists() else Path(__file__).parents[1] / "search_spaces" / "reference.yaml"
 
 
 def _splits(path: Path | None) -> Mapping[str, Any]:
@@ -188,12 +196,17 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
     from autotune import job
 
     torch.set_num_threads(config.threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("best {task.fields[best]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("best {task.fields[best]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr) as bar:
         line = bar.add_task("reading the data", total=config.num_trials, best="-")
 
-        def show(what: str, done: int, total: int, best: float | None) -> None:
-            bar.update(line, description=what, completed=done, total=total, best="-" if best is None else f"{best:.3f}")
+        def show(what: str, done: int, best: float | None) -> None:
+            bar.update(line, description=what, completed=done, best="-" if best is None else f"{best:.3f}")
 
         outcome = job.run(config, _splits(config.data), show)
     if as_json:
@@ -250,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,7 +18,8 @@ class AutotuneError(Exception):
 class Limit:
     """A bound on a measured latency: `prefill_p50<=0.7x` (of dense) or `ttft_p95<=50ms` (absolute).
 
-    `prefill` is the language model on a prompt with its image tokens, selection included; `ttft` adds the vision encoder.
+    `prefill` is the language model on a prompt with its image tokens, selection included; `ttft` adds the vision
+    encoder.
     """
 
     metric: Literal["prefill", "ttft"]
@@ -60,10 +61,9 @@ class JobConfig:
     name: str
     num_trials: int = 40
     seed: int = 0
-    space: Path | None = None
+    space: Path
     repeats: int = 12
     threads: int = 2
     fresh: bool = False
     tracking_uri: str | None = None
     device: str = "cpu"
-    alias: str | None = None

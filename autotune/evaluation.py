@@ -33,13 +33,13 @@ class Scores:
 
 
 def load_model(source: str, device: str) -> tuple[Any, Any]:
-    """Model (float32 on CPU, its own dtype elsewhere) and processor of a local folder or a hub id, ready to evaluate."""
+    """Model, in evaluation mode, float32 on CPU and its own dtype elsewhere, and processor of a folder or hub id."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = "folder" if Path(source).exists() else "folder or hub id"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -50,7 +50,8 @@ def load_model(source: str, device: str) -> tuple[Any, Any]:
     if getattr(processor, "chat_template", None) is None:
         raise AutotuneError(f"the processor in {source} must have a chat template, got none; add chat_template.jinja")
     processor.tokenizer.padding_side = "left"
-    return model.to(device).eval(), processor
+    model.to(torch.device(device))
+    return model.eval(), processor
 
 
 def prompt_inputs(processor: Any, examples: Sequence[Example], device: str) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Evaluator:
 
         inputs = prompt_inputs(self._processor, examples, self._device)
         del inputs["pixel_values"]
-        features = [encoded[e.image_id] for e in examples]
+        features: Any = [encoded[e.image_id] for e in examples]  # a list of pictures, as get_image_features gives it
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return inputs
 

@@ -42,7 +42,9 @@ def _write_png(told: Sequence[Told], tuned: Plan, limit: str, path: Path) -> Non
         color = "tab:blue" if t.feasible else "0.7"
         width = [[t.ratio - t.ratio_low], [t.ratio_high - t.ratio]]
         axes.errorbar(t.ratio, t.score, xerr=width, fmt="o", color=color, markersize=4, elinewidth=0.6)
-    axes.step([t.ratio for t in front(told)], [t.score for t in front(told)], where="post", color="tab:blue", label="front")
+    axes.step(
+        [t.ratio for t in front(told)], [t.score for t in front(told)], where="post", color="tab:blue", label="front"
+    )
     axes.axvline(told[0].limit, color="tab:red", linestyle="--", label=f"limit {limit}")
     for t in told:
         if t.plan == tuned:

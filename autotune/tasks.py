@@ -46,5 +46,6 @@ SCORERS: dict[str, Callable[[str, str], float]] = {
 
 def score(task: str, answer: str, reference: str) -> float:
     if task not in SCORERS:
-        raise AutotuneError(f"a task must be one of {', '.join(SCORERS)}, got {task!r}; use 'exact' for other questions")
+        known = ", ".join(SCORERS)
+        raise AutotuneError(f"a task must be one of {known}, got {task!r}; use 'exact' for other questions")
     return SCORERS[task](answer, reference)

@@ -15,7 +15,7 @@ __all__ = ["SPLITS", "WEIGHTS", "dataset", "load"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 SPLITS = {"calibrate": (1, 32), "select": (2, 48), "certify": (3, 400)}
-"""Per split: the stream its scenes are drawn from, and how many scenes it has. Training draws from streams of its own."""
+"""Per split: the stream its scenes are drawn from, and how many scenes it has. Training has streams of its own."""
 
 
 def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -23,7 +23,7 @@ def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProce
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(WEIGHTS)
-    model = AutoModelForImageTextToText.from_pretrained(WEIGHTS, dtype="float32")
+    model: Any = AutoModelForImageTextToText.from_pretrained(WEIGHTS, dtype="float32")
     return model.to(device).eval(), processor
 
 
@@ -39,7 +39,10 @@ def dataset(split: str, seed: int | None = None) -> datasets.Dataset:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rows = list(_rows(split, seed))
     features = datasets.Features(
-        image=datasets.Image(), question=datasets.Value("string"), answer=datasets.Value("string"), task=datasets.Value("string")
+        image=datasets.Image(),
+        question=datasets.Value("string"),
+        answer=datasets.Value("string"),
+        task=datasets.Value("string"),
     )
     columns = {name: [row[name] for row in rows] for name in features}
     return datasets.Dataset.from_dict(columns, features=features)

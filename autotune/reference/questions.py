@@ -32,14 +32,19 @@ def _pick(rng: np.random.Generator, items: list[Item]) -> Item | None:
     return items[int(rng.integers(len(items)))] if items else None
 
 
+def _way_of_naming(rng: np.random.Generator) -> Callable[[Item], str]:
+    """How a question speaks of a thing: by kind, by colour, or, one time in five, by both."""
+    ways: tuple[Callable[[Item], str], ...] = (lambda i: i.kind, lambda i: f"{i.color} thing", lambda i: i.name)
+    return ways[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
+
+
 def _existence(scene: Scene, rng: np.random.Generator) -> Pair:
-    names = [lambda i: f"a {i.kind}", lambda i: f"a {i.color} thing", lambda i: f"a {i.name}"]
-    name = names[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
+    name = _way_of_naming(rng)
     here = {name(item) for item in scene.items}
     everywhere = {name(Item(kind, color, 0, 0, 0, 0, 0)) for color in COLORS for kind in (*SHAPES, "sign")}
     there = rng.random() < 0.5
     asked = str(rng.choice(sorted(here if there else everywhere - here)))
-    return f"Is there {asked}?", "yes" if there else "no"
+    return f"Is there a {asked}?", "yes" if there else "no"
 
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> Pair | None:
@@ -48,7 +53,9 @@ def _attribute(scene: Scene, rng: np.random.Generator) -> Pair | None:
     item = _pick(rng, [item for item in unique if item.kind != "sign"])  # signs are asked about by `reading`
     if item is None:
         return None
-    return (f"What color is the {item.kind}?", item.color) if ask_color else (f"Which thing is {item.color}?", item.kind)
+    return (
+        (f"What color is the {item.kind}?", item.color) if ask_color else (f"Which thing is {item.color}?", item.kind)
+    )
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Pair:
@@ -62,8 +69,7 @@ def _counting(scene: Scene, rng: np.random.Generator) -> Pair:
 
 
 def _spatial(scene: Scene, rng: np.random.Generator) -> Pair | None:
-    names = [lambda i: i.kind, lambda i: f"{i.color} thing", lambda i: i.name]
-    name = names[int(rng.choice(3, p=(0.4, 0.4, 0.2)))]
+    name = _way_of_naming(rng)
     unique = _unique(scene.items, name)
     if rng.random() < 0.15 and len({item.column for item in unique}) > 1:
         a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
@@ -78,7 +84,7 @@ def _spatial(scene: Scene, rng: np.random.Generator) -> Pair | None:
 
 def _reading(scene: Scene, rng: np.random.Generator) -> Pair | None:
     item = _pick(rng, [item for item in scene.items if item.kind == "sign"])
-    return item and (f"What number is on the {item.color} sign?", item.text)
+    return None if item is None else (f"What number is on the {item.color} sign?", item.text)
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> Pair:
@@ -99,4 +105,4 @@ TASKS = tuple(_ASK)
 def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
     """One question of a task, or None where this scene does not allow it (nothing unique to ask about)."""
     pair = _ASK[task](scene, rng)
-    return pair and Question(task, *pair)
+    return None if pair is None else Question(task, *pair)

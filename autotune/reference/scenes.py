@@ -15,7 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["COLORS", "IMAGE_SIZE", "LABELS", "NUM_PATCHES", "PATCH_SIZE", "SHAPES", "Item", "Scene", "draw", "patch_labels", "sample"]
+__all__ = [
+    "COLORS",
+    "IMAGE_SIZE",
+    "LABELS",
+    "NUM_PATCHES",
+    "PATCH_SIZE",
+    "SHAPES",
+    "Item",
+    "Scene",
+    "draw",
+    "patch_labels",
+    "sample",
+]
 
 IMAGE_SIZE = 320
 PATCH_SIZE = 20
@@ -143,7 +155,7 @@ def _coverage(item: Item) -> np.ndarray:
     else:
         canvas[item.y : item.y + item.size, item.x : item.x + item.size] = np.asarray(_mask(item.kind, item.size))
     blocks = canvas.reshape(NUM_PATCHES, PATCH_SIZE, NUM_PATCHES, PATCH_SIZE)
-    return blocks.mean((1, 3), dtype=np.float32) / 255
+    return np.asarray(blocks.mean((1, 3), dtype=np.float32) / 255)
 
 
 def _draw_sign(picture: Image.Image, item: Item, rng: np.random.Generator) -> None:

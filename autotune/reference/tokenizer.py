@@ -59,7 +59,9 @@ def word_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """Token id of every word of every label group; a ValueError where a word is not one token."""
     ids = {}
     for group, words in scenes.LABELS.items():
-        pieces = [tokenizer.encode(word if group == "digit" else f" {word}", add_special_tokens=False) for word in words]
+        pieces = [
+            tokenizer.encode(word if group == "digit" else f" {word}", add_special_tokens=False) for word in words
+        ]
         if any(len(piece) != 1 for piece in pieces):
             raise ValueError(f"every word of {group!r} must be one token, got {pieces}; raise vocab_size")
         ids[group] = [piece[0] for piece in pieces]

@@ -34,7 +34,7 @@ from autotune.reference import questions, scenes
 from autotune.reference.tokenizer import build_processor, word_ids
 
 STAGES = ("vision", "language", "align", "joint")
-SHORT, LONG = 22, 40  # room for question and answer: captions are long, everything else is short
+SHORT, LONG = 18, 34  # room for question and answer: captions are long, everything else is short
 SHORT_TASKS = ("existence", "attribute", "counting", "spatial", "reading")
 
 
@@ -56,7 +56,10 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         num_hidden_layers=8,
         num_attention_heads=6,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # slow rotations: content can match across the image
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e6,
+        },  # slow rotations: content can match across the image
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -75,7 +78,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     return model
 
 
-def _initialise(model: LlavaForConditionalGeneration) -> None:
+def _initialise(model: Any) -> None:
     """Starts that save steps: whitened patch filters, 2-D sine positions, lookup heads in the decoder."""
     embeddings = model.model.vision_tower.embeddings
     with torch.no_grad():
@@ -86,7 +89,7 @@ def _initialise(model: LlavaForConditionalGeneration) -> None:
         model.get_input_embeddings().weight.normal_(std=0.07)
 
 
-def _match_and_copy(attention: nn.Module, num_slow: int = 10) -> None:
+def _match_and_copy(attention: Any, num_slow: int = 10) -> None:
     """Half of the heads start as lookups: attend to tokens like this one, wherever they are, and add what they hold.
 
     Queries equal keys on the slowest `num_slow` rotary frequencies and vanish on the others, so distance does not
@@ -105,14 +108,15 @@ def _match_and_copy(attention: nn.Module, num_slow: int = 10) -> None:
 
 
 def _whitening(like: Tensor) -> Tensor:
-    """Principal components of picture patches scaled to unit variance, shaped as the patch convolution (D, 3, 20, 20)."""
+    """Principal components of picture patches scaled to unit variance, as patch filters (D, 3, 20, 20)."""
     rng = np.random.default_rng(0)
     pixels = pixels_of([scenes.sample(rng) for _ in range(100)])
     patches = F.unfold(pixels, scenes.PATCH_SIZE, stride=scenes.PATCH_SIZE).transpose(1, 2).flatten(0, 1)
     busy = patches[patches.std(1) > patches.std(1).quantile(0.7)]
     _, spread, directions = torch.linalg.svd(busy - busy.mean(0), full_matrices=False)
     scale = math.sqrt(len(busy)) / (spread + 0.03 * spread[0])
-    return (scale[:, None] * directions)[: len(like)].reshape(like.shape) * 0.5
+    filters: Tensor = (scale[:, None] * directions)[: len(like)].reshape(like.shape) * 0.5
+    return filters
 
 
 def _sine_positions(width: int) -> Tensor:
@@ -148,7 +152,9 @@ class Questions:
     length: int
 
 
-def questions_of(batch: list[scenes.Scene], rng: np.random.Generator, tokenizer: Any, num_short: int, num_long: int) -> list[Questions]:
+def questions_of(
+    batch: list[scenes.Scene], rng: np.random.Generator, tokenizer: Any, num_short: int, num_long: int
+) -> list[Questions]:
     blocks = []
     for num, length, tasks in ((num_short, SHORT, SHORT_TASKS), (num_long, LONG, ("caption",))):
         ids = torch.full((len(batch), num, length), tokenizer.pad_token_id)
@@ -183,7 +189,7 @@ class SharedPrefix:
         for num, length in self.blocks:
             stop = start + num * length
             own = [x[:, :, start:stop].unflatten(2, (num, length)) for x in (q, k, v)]
-            outs.append(self._block(*own, k_P, v_P))
+            outs.append(self._block(own[0], own[1], own[2], k_P, v_P))
             start = stop
         return torch.cat(outs, 2).transpose(1, 2), None
 
@@ -193,9 +199,12 @@ class SharedPrefix:
         num, length = q.shape[2:4]
         past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         local = (q @ k.mT).masked_fill(~past, -torch.inf)
-        weights = torch.cat((q.flatten(2, 3) @ k_P.mT, local.flatten(2, 3)), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        weights = (
+            torch.cat((q.flatten(2, 3) @ k_P.mT, local.flatten(2, 3)), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        )
         weights_P, weights_own = weights.split((k_P.shape[2], length), -1)
-        return weights_P @ v_P + (weights_own.unflatten(2, (num, length)) @ v).flatten(2, 3)
+        out: Tensor = weights_P @ v_P + (weights_own.unflatten(2, (num, length)) @ v).flatten(2, 3)
+        return out
 
 
 def _masked_softmax(scores: Tensor) -> Tensor:
@@ -213,9 +222,14 @@ class Trainer:
         if not kept.exists():
             build_processor().save_pretrained(kept)
         self.processor = LlavaProcessor.from_pretrained(kept)
-        self.model = build_model(self.processor).to(device)
-        self.words = {name: torch.tensor(ids, device=device) for name, ids in word_ids(self.processor.tokenizer).items()}
-        self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in scenes.LABELS.items()}).to(device)
+        self.model: Any = build_model(self.processor)
+        self.model.to(torch.device(device))
+        self.words = {
+            name: torch.tensor(ids, device=device) for name, ids in word_ids(self.processor.tokenizer).items()
+        }
+        self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in scenes.LABELS.items()}).to(
+            device
+        )
         self.attention = SharedPrefix()
         prefix = self.processor.tokenizer.encode("<s>USER: ", add_special_tokens=False)
         self.prefix_ids = torch.tensor(prefix, device=device)
@@ -285,7 +299,8 @@ class Trainer:
     def features(self, batch: list[scenes.Scene]) -> Tensor:
         """What the ViT says of each patch, (B, N, 128)."""
         outputs = self.model.model.vision_tower(pixels_of(batch).to(self.device), output_hidden_states=True)
-        return outputs.hidden_states[-1][:, 1:]
+        features: Tensor = outputs.hidden_states[-1][:, 1:]
+        return features
 
     def ideal(self, labels: dict[str, Tensor], noise: float) -> Tensor:
         """Sum of the embeddings of the words of each patch, (B, N, D)."""
@@ -304,7 +319,11 @@ class Trainer:
             target = labels[name]
             known = target >= 0
             busy = known & (labels["kind"] > 0)
-            parts = [busy, known & ~busy] if name == "kind" else [busy if name in ("color", "digit", "slot", "order") else known]
+            parts = (
+                [busy, known & ~busy]
+                if name == "kind"
+                else [busy if name in ("color", "digit", "slot", "order") else known]
+            )
             for part in parts:
                 total = total + F.cross_entropy(scores[part].float(), target[part]) / len(parts)
             accuracy[name] = (scores[parts[0]].argmax(-1) == target[parts[0]]).float().mean().item()
@@ -338,7 +357,11 @@ class Trainer:
             wrong = (asked & ~correct)[:, start:stop].unflatten(1, (block.num, block.length)).any(-1)
             solved.append(1 - wrong.float().mean().item())
             start = stop
-        return F.cross_entropy(logits, targets[asked]), {"short": solved[0], "caption": solved[1], "token": right.float().mean().item()}
+        return F.cross_entropy(logits, targets[asked]), {
+            "short": solved[0],
+            "caption": solved[1],
+            "token": right.float().mean().item(),
+        }
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = [scenes.sample(rng) for _ in range(self.batch)]
@@ -430,7 +453,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         steps, batch, lr = DEFAULTS[stage]
         trainer = Trainer(
-            options.out, stage, options.steps or steps, options.batch or batch, options.lr or lr, options.device, options.seed
+            options.out,
+            stage,
+            options.steps or steps,
+            options.batch or batch,
+            options.lr or lr,
+            options.device,
+            options.seed,
         )
         trainer.run()
         if stage == "joint":

@@ -160,8 +160,6 @@ def test_reset_positions_decode_as_a_longer_prefill_does(llava, inputs_for, padd
         whole = model(**longer).logits[:, -2:]
         cache = model(**inputs, use_cache=True).past_key_values
         parts = model(input_ids=answer, attention_mask=longer.get("attention_mask"), past_key_values=cache).logits
-        mean = (whole - model(**{**longer, "input_ids": longer["input_ids"]}).logits[:, -2:]).abs().max()
-    assert mean == 0
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), prune(model, Plan(stages=stages)):
         assert not torch.allclose(model(**longer).logits[:, -2:], whole, atol=1e-3)  # the option does something
@@ -190,7 +188,7 @@ def test_the_hidden_states_of_every_layer_are_given_out(llava, inputs_for):
 class TestRefusals:
     def test_unknown_selectors_name_the_known(self, llava):
         plan = Plan(stages=(Stage(layer=1, keep=0.5, selector="magic"),))
-        with pytest.raises(PlanError, match="balanced.*got 'magic'"), prune(llava(), plan):
+        with pytest.raises(PlanError, match=r"balanced.*got 'magic'"), prune(llava(), plan):
             pass
 
     def test_layers_past_the_end(self, llava):
@@ -201,7 +199,7 @@ class TestRefusals:
             pass
 
     def test_no_plan(self, llava):
-        with pytest.raises(PlanError, match="must be a btp.Plan, got str"), prune(llava(), "profile.json"):
+        with pytest.raises(PlanError, match=r"must be a btp\.Plan, got str"), prune(llava(), "profile.json"):
             pass
 
     def test_other_models(self):
@@ -286,7 +284,7 @@ class TestRefusals:
     def test_layers_that_are_bypassed(self, llava, inputs_for):
         model = llava()
         layers = model.model.language_model.layers
-        with torch.no_grad(), prune(model, PLAN):
+        with torch.no_grad(), prune(model, Plan(stages=(Stage(layer=3, keep=0.3),))):
             hooks, layers[3]._forward_pre_hooks = layers[3]._forward_pre_hooks, {}
             try:
                 with pytest.raises(RealizationError, match="the plan's image tokens"):

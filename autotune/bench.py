@@ -1,0 +1,105 @@
+"""A model on this device with its examples: what a plan's latency and answers are, each plan answered once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from autotune import data
+from autotune.certify import Interval, ScoreTable, latency_ratio
+from autotune.config import JobConfig, Limit
+from autotune.data import Example
+from autotune.evaluation import Evaluator, Scores, load_model, prompt_inputs
+from btp.anatomy import anatomy_of
+from btp.calibration import cosine_shift, stage_layers
+from btp.latency import device_key, measure, percentile
+from btp.plan import Plan
+
+__all__ = ["Bench", "measure_ratio"]
+
+NUM_CALIBRATION = 64  # samples of the paper's calibration
+BATCH_SIZE = 16
+
+
+def measure_ratio(
+    model: Any, inputs: Mapping[str, Any], plan: Plan, limit: Limit, repeats: int
+) -> tuple[Interval, float]:
+    """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds."""
+    blocks = measure(model, inputs, plan, repeats=repeats, warmup=2)
+    dense, pruned = blocks.dense_prefill_ms, blocks.pruned_prefill_ms
+    if limit.metric == "ttft":
+        dense, pruned = blocks.dense_first_token_ms, blocks.pruned_first_token_ms
+    return latency_ratio(dense[1:], pruned, limit.share), percentile(dense, 100 * limit.share)
+
+
+class Bench:
+    """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk."""
+
+    def __init__(self, config: JobConfig, splits: Mapping[str, Sequence[Example]]) -> None:
+        self._config, self.splits = config, splits
+        self.model, self._processor = load_model(config.model, config.device)
+        self._inputs = prompt_inputs(self._processor, splits["calibrate"][:1], config.device)
+        self.anatomy = anatomy_of(self.model)
+        self.key = device_key(self.model, self._inputs)
+        self.data_digests = {name: data.digest(splits[name]) for name in data.SPLITS}
+        identity = [_model_digest(config.model), *self.data_digests.values()]
+        self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._evaluator = cache(self._make_evaluator)
+        self.table = cache(self._make_table)
+
+    def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
+        """Measured latency ratio to dense, and dense's milliseconds, with `effort` times the usual pairs."""
+        return measure_ratio(self.model, self._inputs, plan, self._config.limit, effort * self._config.repeats)
+
+    def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
+        """Stage layers right after the peaks of the cosine shift on `calibrate`, as BTP finds them."""
+        few = self.splits["calibrate"][:NUM_CALIBRATION]
+        chunks = [few[start : start + BATCH_SIZE] for start in range(0, len(few), BATCH_SIZE)]
+        batches = (prompt_inputs(self._processor, chunk, self._config.device) for chunk in chunks)
+        return stage_layers(cosine_shift(self.model, batches), num_stages)
+
+    def scores(self, plan: Plan, split: str) -> Scores:
+        """Scores of a plan on a split; computed once, also over several runs of the job."""
+        folder = self._config.out / "evaluations"
+        folder.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(f"{self.digest}{split}{plan.digest}".encode()).hexdigest()[:20]
+        path = folder / f"{key}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return Scores(tuple(kept["answers"]), tuple(kept["scores"]))
+        found = self.scores_anew(plan, split)
+        path.with_suffix(".tmp").write_text(json.dumps(asdict(found)), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+        return found
+
+    def scores_anew(self, plan: Plan, split: str) -> Scores:
+        """Scores of a plan on a split, whatever is kept."""
+        return self._evaluator(split).complete(plan)
+
+    def macro(self, plan: Plan, split: str) -> tuple[float, dict[str, float]]:
+        """Mean over the tasks, and each task's mean."""
+        by_task = self.table(split).by_task(self.scores(plan, split).scores)
+        return sum(by_task.values()) / len(by_task), by_task
+
+    def _make_evaluator(self, split: str) -> Evaluator:
+        return Evaluator(self.model, self._processor, self.splits[split])
+
+    def _make_table(self, split: str) -> ScoreTable:
+        examples = self.splits[split]
+        return ScoreTable([e.image_id for e in examples], [e.task for e in examples])
+
+
+def _model_digest(source: str) -> str:
+    """SHA-256 of a local folder's files, or the hub id as it stands."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    sha = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()

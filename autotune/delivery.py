@@ -1,0 +1,174 @@
+"""What a job hands out: profile and evidence written, registered, pulled back by alias, and checked once more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from autotune import data
+from autotune.bench import Bench
+from autotune.certify import Interval
+from autotune.config import AutotuneError, JobConfig
+from autotune.objective import Told
+from autotune.registry import Registry, Version
+from autotune.report import write_front
+from autotune.study import Study
+from btp.plan import Plan
+from btp.profile import Profile, Workload
+
+__all__ = ["Outcome", "Row", "deliver"]
+
+EVIDENCE = ("evidence.parquet", "trials.json", "front.png", "front.html")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the final table. FLOPs count the image tokens alone, in billions; latency is the ratio to dense."""
+
+    name: str
+    plan: Plan
+    image_gflops: float
+    latency: Interval
+    macro: Interval
+    worst_task: str
+    worst: Interval
+    by_task: Mapping[str, float]
+    scores: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the per-sample scores: those are in `evidence.parquet`."""
+        kept = {name: value for name, value in asdict(self).items() if name != "scores"}
+        return {**kept, "plan": self.plan.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished job found, where it wrote it, and whether the pulled profile did what the study said."""
+
+    study: str
+    limit: str
+    num_trials: int
+    rows: tuple[Row, ...]
+    tuned_minus: Mapping[str, Interval]
+    version: str
+    alias: str
+    fresh_ratio: Interval
+    reproduced: bool
+    paths: Mapping[str, str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
+
+
+def deliver(
+    config: JobConfig,
+    bench: Bench,
+    study: Study,
+    champion: Told,
+    rows: Sequence[Row],
+    minus: Mapping[str, Interval],
+    say: Callable[[str], None],
+    began: float,
+) -> Outcome:
+    """Register the champion with its evidence, pull it by alias, apply it, and measure it in a fresh process."""
+    say("registering")
+    _write(config, bench, study, champion, rows, minus)
+    registry = Registry(config.tracking_uri or f"sqlite:///{config.out / 'mlflow.db'}")
+    alias = f"champion-{bench.key.slug}"
+    version = _register(config, bench, study, registry, alias, {row.name: row for row in rows})
+    pulled = registry.pull(config.name, alias, config.out / "pulled.json")
+    say("applying the pulled profile")
+    profile = Profile.load(pulled)
+    profile.check_fits(bench.anatomy.identity)
+    again = bench.scores_anew(profile.plan, "select")
+    say("measuring the pulled profile in a fresh process")
+    names = ("profile.json", *EVIDENCE, "study.db")
+    return Outcome(
+        study=study.name,
+        limit=str(config.limit),
+        num_trials=study.num_done,
+        rows=tuple(rows),
+        tuned_minus=minus,
+        version=version.uri,
+        alias=f"models:/{config.name}@{alias}",
+        fresh_ratio=_fresh_ratio(config, pulled),
+        reproduced=bench.table("select").by_task(again.scores) == dict(champion.by_task),
+        paths={name: str(config.out / name) for name in names},
+        seconds=time.monotonic() - began,
+    )
+
+
+def _write(
+    config: JobConfig,
+    bench: Bench,
+    study: Study,
+    champion: Told,
+    rows: Sequence[Row],
+    minus: Mapping[str, Interval],
+) -> None:
+    key = asdict(bench.key)
+    evidence = {
+        "study": study.name,
+        "limit": str(config.limit),
+        "data": bench.data_digests,
+        "rows": [row.to_dict() for row in rows],
+        "tuned_minus": {name: asdict(interval) for name, interval in minus.items()},
+    }
+    profile = Profile(
+        plan=champion.plan,
+        model=bench.anatomy.identity,
+        workload=Workload(**{field.name: key[field.name] for field in fields(Workload)}),
+        device=bench.key,
+        evidence=evidence,
+    )
+    profile.save(config.out / "profile.json")
+    examples = bench.splits["certify"]
+    columns = {name: [getattr(e, name) for e in examples] for name in ("image_id", "task", "question", "answer")}
+    data.write_parquet(config.out / "evidence.parquet", {**columns, **{row.name: row.scores for row in rows}})
+    told = study.told()
+    trials = [{**asdict(t), "plan": t.plan.to_dict()} for t in told]
+    (config.out / "trials.json").write_text(json.dumps(trials, indent=1), encoding="utf-8")
+    write_front(told, champion.plan, str(config.limit), config.out)
+
+
+def _register(
+    config: JobConfig, bench: Bench, study: Study, registry: Registry, alias: str, rows: Mapping[str, Row]
+) -> Version:
+    tuned, dense = rows["tuned"], rows["dense"]
+    metrics = {
+        "latency_ratio": tuned.latency.value,
+        "macro": tuned.macro.value,
+        "macro_retention": tuned.macro.value / max(dense.macro.value, 1e-9),
+        "worst_task_retention": tuned.worst.value / max(dense.by_task[tuned.worst_task], 1e-9),
+    }
+    tags = {"study": study.name, "device": bench.key.name, "limit": str(config.limit)}
+    return registry.register(
+        name=config.name,
+        profile_path=config.out / "profile.json",
+        evidence={name: config.out / name for name in EVIDENCE},
+        tags={**tags, **{name: f"{value:.4f}" for name, value in metrics.items()}},
+        metrics=metrics,
+        params={"limit": str(config.limit), "seed": str(config.seed), "model": config.model},
+        experiment=config.name,
+        alias=alias,
+    )
+
+
+def _fresh_ratio(config: JobConfig, profile: Path) -> Interval:
+    """Measure the pulled profile in a process of its own, by the command a user would type."""
+    command = [sys.executable, "-m", "autotune.cli", "measure", str(profile), "--model", config.model, "--json"]
+    command += ["--limit", str(config.limit), "--repeats", str(3 * config.repeats)]
+    command += ["--threads", str(config.threads), "--device", config.device]
+    if config.data is not None:
+        command += ["--data", str(config.data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.stdout:
+        raise AutotuneError(f"measuring {profile} in a fresh process must succeed, got: {done.stderr.strip()}")
+    return Interval(**json.loads(done.stdout)["ratio"])
