@@ -24,17 +24,31 @@ __all__ = ["Bench", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of the paper's calibration
 BATCH_SIZE = 16
+MAX_ROUNDS, CLEAR = 4, 0.02
 
 
 def measure_ratio(
     model: Any, inputs: Mapping[str, Any], plan: Plan, limit: Limit, repeats: int
 ) -> tuple[Interval, float]:
-    """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds."""
-    blocks = measure(model, inputs, plan, repeats=repeats, warmup=2)
-    dense, pruned = blocks.dense_prefill_ms, blocks.pruned_prefill_ms
-    if limit.metric == "ttft":
-        dense, pruned = blocks.dense_first_token_ms, blocks.pruned_first_token_ms
-    return latency_ratio(dense[1:], pruned, limit.share), percentile(dense, 100 * limit.share)
+    """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds.
+
+    Measures `repeats` pairs, and as many again, up to `MAX_ROUNDS` times, while the interval holds the limit and is
+    wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word.
+    """
+    dense_ms: list[float] = []
+    pruned_ms: list[float] = []
+    for measured in range(1, MAX_ROUNDS + 1):
+        blocks = measure(model, inputs, plan, repeats=repeats, warmup=2 if measured == 1 else 0)
+        of_ttft = limit.metric == "ttft"
+        dense_ms += (blocks.dense_first_token_ms if of_ttft else blocks.dense_prefill_ms)[1:]
+        pruned_ms += blocks.pruned_first_token_ms if of_ttft else blocks.pruned_prefill_ms
+        interval, dense = (
+            latency_ratio(dense_ms, pruned_ms, limit.share),
+            percentile(tuple(dense_ms), 100 * limit.share),
+        )
+        if not interval.low <= limit.ratio(dense) < interval.high or interval.high - interval.low < CLEAR:
+            break
+    return interval, dense
 
 
 class Bench:

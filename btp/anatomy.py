@@ -139,5 +139,5 @@ _FAMILIES: dict[str, Callable[[nn.Module], Anatomy]] = {"LlavaForConditionalGene
 
 
 def _rotate(states_BHSE: Tensor, cosines_BSE: Tensor, sines_BSE: Tensor) -> Tensor:
-    rotated = cast(Tensor, rotate_half(states_BHSE))  # type: ignore[no-untyped-call]
+    rotated = cast(Tensor, rotate_half(states_BHSE))
     return states_BHSE * cosines_BSE.unsqueeze(1) + rotated * sines_BSE.unsqueeze(1)

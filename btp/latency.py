@@ -153,7 +153,7 @@ class _CudaClock:
         self._stream.synchronize()
 
     def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         self._marks.append(event)
 

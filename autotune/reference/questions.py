@@ -42,7 +42,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Pair:
     name = _way_of_naming(rng)
     here = {name(item) for item in scene.items}
     everywhere = {name(Item(kind, color, 0, 0, 0, 0, 0)) for color in COLORS for kind in (*SHAPES, "sign")}
-    there = rng.random() < 0.5
+    there = rng.random() < 0.5 or here == everywhere
     asked = str(rng.choice(sorted(here if there else everywhere - here)))
     return f"Is there a {asked}?", "yes" if there else "no"
 

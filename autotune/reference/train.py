@@ -38,7 +38,7 @@ SHORT, LONG = 18, 34  # room for question and answer: captions are long, everyth
 SHORT_TASKS = ("existence", "attribute", "counting", "spatial", "reading")
 
 
-def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+def build_model(processor: LlavaProcessor) -> Any:
     """An untrained LLaVA: a CLIP-style ViT (4 x 128) and a Llama decoder (8 x 192) with tied embeddings."""
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -222,8 +222,7 @@ class Trainer:
         if not kept.exists():
             build_processor().save_pretrained(kept)
         self.processor = LlavaProcessor.from_pretrained(kept)
-        self.model: Any = build_model(self.processor)
-        self.model.to(torch.device(device))
+        self.model = build_model(self.processor).to(device)
         self.words = {
             name: torch.tensor(ids, device=device) for name, ids in word_ids(self.processor.tokenizer).items()
         }

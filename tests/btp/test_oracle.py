@@ -87,7 +87,7 @@ def decode(model, inputs, loop, steps=5):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("layers_keep", [((0, 2), (0.5, 0.2)), ((1, 3), (0.5, 0.2))])
 def test_several_new_tokens_at_once_equal_masked_dense(llava, inputs_for, masked_dense, kernel, padding, layers_keep):
     model, inputs = llava(kernel), inputs_for(2, padding=padding)
@@ -138,3 +138,18 @@ def test_a_ready_4d_mask_is_sliced_too(llava, inputs_for, masked_dense, hidden_o
     survives = ~hidden_of(inputs["input_ids"], trace.alive)[-1]
     for row in range(2):
         torch.testing.assert_close(pruned[row], dense[row][survives[row]], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_two_images_with_text_between_equal_masked_dense(llava, inputs_for, masked_dense, hidden_of, kernel, selector):
+    model, one = llava(kernel), inputs_for(2)
+    ids = torch.cat((one["input_ids"], one["input_ids"][:, 1:]), dim=1)
+    inputs = {"input_ids": ids, "pixel_values": one["pixel_values"].repeat(2, 1, 1, 1)}
+    with torch.no_grad(), prune(model, plan_of(selector)) as trace:
+        pruned = model(**inputs).logits
+    assert trace.counts == (50, 30, 30, 15)
+    with torch.no_grad(), masked_dense(model, ids, trace.alive):
+        dense = model(**inputs).logits
+    survives = ~hidden_of(ids, trace.alive)[-1]
+    torch.testing.assert_close(pruned, torch.stack([dense[row][survives[row]] for row in range(2)]), **TOLERANCE)

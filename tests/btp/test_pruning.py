@@ -1,10 +1,13 @@
 """The life cycle of `prune`: no trace left, no silent no-op, and errors that name the way out."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from btp import Plan, PlanError, RealizationError, Stage, UnsupportedModelError, prune
+from btp.prefill import Prefill
 from btp.selection import SELECTORS
 
 PLAN = Plan(stages=(Stage(layer=1, keep=0.6), Stage(layer=3, keep=0.3)))
@@ -30,6 +33,14 @@ def test_keeping_all_tokens_is_bit_identical(llava, inputs_for, kernel, plan, pa
     with prune(model, plan) as trace:
         assert torch.equal(logits_of(model, inputs), dense)
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), dense_text)
+    assert trace.counts == (25,) * 4
+
+
+def test_a_stage_that_removes_nothing_asks_no_selector(llava, inputs_for, monkeypatch):
+    monkeypatch.setitem(SELECTORS, "uniform", None)  # calling it would fail
+    plan = Plan(stages=(Stage(layer=1, keep=1.0, selector="uniform"), Stage(layer=2, keep=0.99, selector="uniform")))
+    with prune(llava(), plan) as trace:
+        logits_of(llava(), inputs_for())
     assert trace.counts == (25,) * 4
 
 
@@ -180,9 +191,44 @@ def test_the_hidden_states_of_every_layer_are_given_out(llava, inputs_for):
     length = inputs["input_ids"].shape[1]
     with torch.no_grad(), prune(model, PLAN):
         lengths = [states.shape[1] for states in model(**inputs, output_hidden_states=True).hidden_states]
-    assert (
-        lengths == [length, length, length - 10, length - 10, length - 17][: len(lengths)] or lengths[-1] == length - 17
-    )
+    assert lengths[-1] == length - 17
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_half_precision_runs_in_half_precision(kernel, llava, inputs_for):
+    model = copy.deepcopy(llava(kernel)).to(torch.bfloat16)
+    inputs = inputs_for(2, padding="left")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad(), prune(model, PLAN) as trace:
+        logits = model(**inputs).logits
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert trace.counts == (25, 15, 15, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_no_layer_waits_for_the_device(llava, inputs_for, monkeypatch, selector):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    model, inputs = llava(device="cuda"), inputs_for(2, padding="left", device="cuda")
+    enter_layer = Prefill.enter_layer
+
+    def strict(self, layer, hidden, kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return enter_layer(self, layer, hidden, kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    plan = Plan(stages=(Stage(layer=1, keep=0.6, selector=selector), Stage(layer=3, keep=0.3, selector=selector)))
+    with prune(model, plan) as trace:
+        logits_of(model, inputs)  # fills the per-grid tables
+        monkeypatch.setattr(Prefill, "enter_layer", strict)
+        logits_of(model, inputs)
+    assert trace.counts == (25, 15, 15, 8)
 
 
 class TestRefusals:
