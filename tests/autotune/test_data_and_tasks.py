@@ -111,7 +111,9 @@ def test_limits_read_as_written() -> None:
     assert str(Limit.parse("ttft_p95<=50ms")) == "ttft_p95<=50ms"
 
 
-@pytest.mark.parametrize("text", ["", "prefill<=0.7x", "prefill_p50<0.7x", "prefill_p50<=0x", "prefill_p50<=-1x", "p<=nanx"])
+@pytest.mark.parametrize(
+    "text", ["", "prefill<=0.7x", "prefill_p50<0.7x", "prefill_p50<=0x", "prefill_p50<=-1x", "p<=nanx"]
+)
 def test_a_limit_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(AutotuneError, match="a limit reads"):
         Limit.parse(text)

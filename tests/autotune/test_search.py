@@ -1,4 +1,4 @@
-"""The search without a model: spaces decode to legal plans within the budget, studies resume, known optima are found."""
+"""The search without a model: draws are legal plans within the budget, studies resume, known optima are found."""
 
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def test_a_killed_trial_is_asked_again_with_its_parameters(tmp_path: Path) -> No
 
 
 def test_every_finished_trial_carries_the_one_constraint(tmp_path: Path) -> None:
-    study = search(tmp_path / "study.db", 6)
+    search(tmp_path / "study.db", 6)
     trials = optuna.load_study(study_name="replay", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
     done = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert len(done) == 6

@@ -1,0 +1,197 @@
+"""The main job as a stranger runs it: their folder, their JSONL, real processes, and everything that can be wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from autotune import reference
+from autotune.cli import app
+from autotune.registry import Registry
+from btp.plan import Plan
+from btp.profile import Profile
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def handed_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved model and a JSONL of PNGs: 60 questions about 20 pictures."""
+    folder = tmp_path_factory.mktemp("stranger")
+    shutil.copytree(reference.WEIGHTS, folder / "model")
+    names: dict[bytes, str] = {}
+    rows = []
+    for row in list(reference.dataset("select", seed=11))[: 20 * 6]:
+        name = names.setdefault(row["image"].tobytes(), f"{len(names)}.png")
+        row["image"].save(folder / name)
+        if row["task"] in ("existence", "attribute", "reading"):
+            rows.append({**row, "image": name})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("tune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--out", str(out)),
+        *("--limit", "prefill_p50<=0.9x", "--trials", "7", "--repeats", "6", "--threads", "1", "--json", *more),
+    ]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "autotune.cli", *command]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(handed_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A job that was killed in the middle of its search, and then run again to its end."""
+    out = tmp_path_factory.mktemp("job") / "out"
+    line = [sys.executable, "-m", "autotune.cli", *arguments(handed_in, out)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((out / "evaluations").glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(list((out / "evaluations").glob("*.json")))
+    assert 2 <= before < 7
+    done = run(*arguments(handed_in, out))
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_the_job_ends_with_a_registered_profile_that_does_what_it_says(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, outcome = finished
+    assert outcome["num_trials"] == 7
+    assert outcome["reproduced"] is True
+    assert [row["name"] for row in outcome["rows"]] == [
+        "dense",
+        "hand-set",
+        "hand-set at limit",
+        "random",
+        "uniform",
+        "tuned",
+    ]
+    assert all(Path(path).stat().st_size for path in outcome["paths"].values())
+    profile = Profile.load(out / "profile.json")
+    assert profile.plan == Plan.from_dict(outcome["rows"][-1]["plan"])
+    assert outcome["fresh_ratio"]["low"] <= 0.9
+
+
+def test_a_killed_job_loses_no_trial_and_counts_none_twice(finished: tuple[Path, dict[str, Any]]) -> None:
+    trials = json.loads((finished[0] / "trials.json").read_text())
+    assert len(trials) == 7
+    names = [trial["name"] for trial in trials]
+    assert names[:5] == ["hand-set", "hand-set at limit", "hand-set, calibrated layers", "random", "uniform"]
+    assert len(set(names)) == 7
+
+
+def test_the_registry_hands_the_profile_out_by_alias(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, outcome = finished
+    name, _, alias = outcome["alias"].removeprefix("models:/").partition("@")
+    registry = Registry(f"sqlite:///{out / 'mlflow.db'}")
+    pulled = registry.pull(name, alias, tmp_path / "pulled.json")
+    assert Profile.load(pulled).digest == Profile.load(out / "profile.json").digest
+    (version,) = registry.versions(name)
+    assert version.uri == outcome["version"]
+    result = CliRunner().invoke(
+        app, ["pull", outcome["alias"], "--to", str(tmp_path / "again.json"), "--registry", registry.tracking_uri]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again.json").read_bytes() == pulled.read_bytes()
+
+
+def test_the_offline_page_needs_no_network(finished: tuple[Path, dict[str, Any]]) -> None:
+    page = (finished[0] / "front.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert "<script src=" not in page
+
+
+def test_running_again_resumes_and_computes_nothing_twice(
+    handed_in: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    out, outcome = finished
+    kept = {path: path.stat().st_mtime_ns for path in (out / "evaluations").iterdir()}
+    done = run(*arguments(handed_in, out))
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert (again["study"], again["num_trials"]) == (outcome["study"], 7)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+def refused(*command: str) -> str:
+    result = CliRunner().invoke(app, list(command))
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def test_a_limit_that_no_plan_meets(handed_in: Path, tmp_path: Path) -> None:
+    text = refused(*arguments(handed_in, tmp_path / "out", "--limit", "prefill_p50<=0.01x"))
+    assert "the fastest" in text
+    assert "x of dense" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", ["fast", "prefill_p50<=fast", "prefill_p50<=0x"])
+def test_a_limit_that_cannot_be_read(handed_in: Path, tmp_path: Path, limit: str) -> None:
+    assert "a limit reads" in refused(*arguments(handed_in, tmp_path / "out", "--limit", limit))
+
+
+def test_a_missing_image_and_an_unknown_task_are_named_by_row(handed_in: Path, tmp_path: Path) -> None:
+    row = {"image": "none.png", "question": "what?", "answer": "red", "task": "attribute"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    text = refused(*arguments(handed_in, tmp_path / "out", "--data", str(path)))
+    assert "row 1" in text
+    assert "none.png" in text
+    path.write_text(json.dumps({**row, "task": "poetry"}) + "\n")
+    assert "unknown task 'poetry'" in refused(*arguments(handed_in, tmp_path / "out", "--data", str(path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_model_folder(handed_in: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    text = refused(*arguments(handed_in, tmp_path / "out", "--model", str(tmp_path / "model")))
+    assert "--model must be a folder" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unsupported_architecture(handed_in: Path, tmp_path: Path) -> None:
+    shutil.copytree(handed_in / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert", "architectures": ["BertModel"]}))
+    text = refused(*arguments(handed_in, tmp_path / "out", "--model", str(tmp_path / "model")))
+    assert "--model must be" in text or "LlavaForConditionalGeneration" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "JSON"),
+        ('{"hello": 1}', "hello"),
+        ('{"stages": [{"layer": 1, "keep": 2}]}', "keep must be a number in [0, 1]"),
+        ('{"stages": [{"layer": 99, "keep": 0.5}]}', "below the model's 8 layers"),
+    ],
+)
+def test_a_profile_that_is_none(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    assert named in refused("measure", str(path), "--threads", "1", "--repeats", "4")
+
+
+def test_a_tampered_profile(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    text = (finished[0] / "profile.json").read_text()
+    path = tmp_path / "profile.json"
+    path.write_text(text.replace('"architecture": "Llava', '"architecture": "Other'))
+    assert "profile.json" in refused("measure", str(path), "--threads", "1", "--repeats", "4")
