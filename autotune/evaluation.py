@@ -110,7 +110,10 @@ class Evaluator:
             chunk = firsts[start : start + IMAGES_AT_ONCE]
             inputs = prompt_inputs(self._processor, chunk, self._device)
             with torch.inference_mode():
-                features = encode_images(self._model, inputs)["mm_encoder_outputs"]["image"].pooler_output
+                inputs = encode_images(self._model, inputs)
+            if "mm_encoder_outputs" not in inputs:  # this version of transformers encodes with every prompt
+                return {}
+            features = inputs["mm_encoder_outputs"]["image"].pooler_output
             encoded.update(zip((e.image_id for e in chunk), features, strict=True))
         return encoded
 
@@ -118,6 +121,8 @@ class Evaluator:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         inputs = prompt_inputs(self._processor, examples, self._device)
+        if not encoded:
+            return inputs
         del inputs["pixel_values"]
         features: Any = [encoded[e.image_id] for e in examples]  # a list of pictures, as get_image_features gives it
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
@@ -139,8 +144,8 @@ class Evaluator:
 
     def _generate(self, inputs: dict[str, Any], task: str) -> list[str]:
         with torch.inference_mode():
-            # A copy, since `generate` fills the dictionary of encoder outputs it is handed.
-            own = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+            # Copies, since `generate` fills the dictionary of encoder outputs it is handed.
+            own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}
             ids = self._model.generate(**own, max_new_tokens=self._max_new_tokens[task], do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
         return [text.strip().lower() for text in self._processor.batch_decode(new, skip_special_tokens=True)]

@@ -59,9 +59,9 @@ def card(figures: dict[str, dict[str, float | list[float]]], recipe: list[dict[s
 TEMPLATE = """# Reference VLM
 
 A LLaVA small enough to train and run on a CPU: CLIP-style ViT (4 layers, width 128, 16x16 patches of a 320x320
-picture), two-layer projector, Llama decoder (8 layers, width 192, tied embeddings, byte-level BPE). Trained from nothing
-on procedural pictures of coloured shapes and numbered signs. Licence: Apache-2.0, like the code; no outside data or
-weights went in.
+picture), two-layer projector, Llama decoder (8 layers, width 192, tied embeddings, byte-level BPE). Trained from
+nothing on procedural pictures of coloured shapes and numbered signs. Licence: Apache-2.0, like the code; no outside
+data or weights went in.
 
 It exists to exercise token pruning end to end. It knows nothing but these pictures.
 
@@ -81,9 +81,9 @@ Measured by `python benchmarks/reference_card.py`, which writes this file; `--ch
 
 {recipe}
 
-The stages are described in `autotune/reference/train.py`. The first 1,200 steps of the vision stage saw noisy instead of
-shaded backgrounds; the first 780 steps of the language stage named things by both colour and kind in all `existence` and
-`spatial` questions, with a peak learning rate of 2e-3; later ones ran at 1.5e-3.
+The stages are described in `autotune/reference/train.py`. These weights differ from what the command gives today in the
+first steps of two stages: 1,200 of `vision` saw noisy instead of shaded backgrounds, and 780 of `language` named things
+by both colour and kind in every `existence` and `spatial` question.
 
 <!-- {machine} -->
 """
