@@ -14,7 +14,7 @@ from autotune import data
 from autotune.certify import Interval, ScoreTable, latency_ratio
 from autotune.config import JobConfig, Limit
 from autotune.data import Example
-from autotune.evaluation import Evaluator, Scores, load_model, prompt_inputs
+from autotune.evaluation import EvaluatorPool, Scores, load_model, prompt_inputs
 from btp.anatomy import anatomy_of
 from btp.calibration import cosine_shift, stage_layers
 from btp.latency import device_key, measure, percentile
@@ -100,8 +100,8 @@ class Bench:
         by_task = self.table(split).by_task(self.scores(plan, split).scores)
         return sum(by_task.values()) / len(by_task), by_task
 
-    def _make_evaluator(self, split: str) -> Evaluator:
-        return Evaluator(self.model, self._processor, self.splits[split])
+    def _make_evaluator(self, split: str) -> EvaluatorPool:
+        return EvaluatorPool(self._config.model, self._config.device, self.splits[split], self._config.workers)
 
     def _make_table(self, split: str) -> ScoreTable:
         examples = self.splits[split]

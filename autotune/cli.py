@@ -32,9 +32,12 @@ LimitOption = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder for the study, the registry and everything written.")]
 TrialsOption = Annotated[int, typer.Option("--trials", min=1, help="Finished trials to reach, earlier ones counted.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the search.")]
-ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads of this process.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads a latency is measured with.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core, or 1 on a GPU.")
+]
 RepeatsOption = Annotated[int, typer.Option(min=4, help="Pairs of a latency measurement.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew: delete what --out holds.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew: forget the study that --out holds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RegistryOption = Annotated[str | None, typer.Option("--registry", help="MLflow address; default: SQLite in --out.")]
@@ -47,7 +50,8 @@ def demo(
     out: OutOption = Path("runs/demo"),
     trials: TrialsOption = 40,
     seed: SeedOption = 0,
-    threads: ThreadsOption = CORES,
+    threads: ThreadsOption = 1,
+    workers: WorkersOption = 0,
     repeats: RepeatsOption = 12,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
@@ -58,7 +62,8 @@ def demo(
         from autotune.reference import WEIGHTS
 
         _run_job(
-            _config(str(WEIGHTS), None, limit, out, trials, seed, threads, repeats, fresh, "reference-vlm"), as_json
+            _config(str(WEIGHTS), None, limit, out, trials, seed, threads, workers, repeats, fresh, "reference-vlm"),
+            as_json,
         )
 
 
@@ -71,7 +76,8 @@ def tune(
     name: Annotated[str, typer.Option(help="Name of the registered model; default: the model's own.")] = "",
     trials: TrialsOption = 40,
     seed: SeedOption = 0,
-    threads: ThreadsOption = CORES,
+    threads: ThreadsOption = 1,
+    workers: WorkersOption = 0,
     repeats: RepeatsOption = 12,
     fresh: FreshOption = False,
     space: Annotated[Path | None, typer.Option(help="Search space YAML; default: the one that comes along.")] = None,
@@ -83,7 +89,9 @@ def tune(
     """Tune your own model on your own questions."""
     with _errors(debug):
         name = name or Path(model).name
-        config = _config(model, data, limit, out, trials, seed, threads, repeats, fresh, name, space, device, registry)
+        config = _config(
+            model, data, limit, out, trials, seed, threads, workers, repeats, fresh, name, space, device, registry
+        )
         _run_job(config, as_json)
 
 
@@ -93,7 +101,7 @@ def measure(
     model: Annotated[str, typer.Option(help="Local folder or hub id of the model it was made for.")] = "",
     data: Annotated[Path | None, typer.Option(help="Where to take the prompt from; default: the reference's.")] = None,
     limit: LimitOption = "prefill_p50<=1x",
-    threads: ThreadsOption = CORES,
+    threads: ThreadsOption = 1,
     repeats: RepeatsOption = 36,
     device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
@@ -152,6 +160,7 @@ def _config(
     trials: int,
     seed: int,
     threads: int,
+    workers: int,
     repeats: int,
     fresh: bool,
     name: str,
@@ -170,6 +179,7 @@ def _config(
         space=space or _default_space(),
         repeats=repeats,
         threads=threads,
+        workers=workers or (CORES if device == "cpu" else 1),
         fresh=fresh,
         tracking_uri=registry,
         device=device,
@@ -217,9 +227,10 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
 
 def _print(outcome: Any) -> None:
     console = Console()
+    console.width = max(console.width, 120)  # a pipe is no reason to break the table
     table = Table(title=f"{outcome.study}: {outcome.limit}, {outcome.num_trials} trials, on `certify`")
     for heading in ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task"):
-        table.add_column(heading, justify="left" if heading in ("plan", "worst task") else "right")
+        table.add_column(heading, justify="left" if heading in ("plan", "worst task") else "right", no_wrap=True)
     for row in outcome.rows:
         table.add_row(
             row.name,

@@ -63,7 +63,8 @@ class JobConfig:
     seed: int = 0
     space: Path
     repeats: int = 12
-    threads: int = 2
+    threads: int = 1
+    workers: int = 1
     fresh: bool = False
     tracking_uri: str | None = None
     device: str = "cpu"

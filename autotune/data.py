@@ -76,6 +76,7 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write equally long columns as one Parquet file."""
     import datasets
 
+    datasets.disable_progress_bars()
     datasets.Dataset.from_dict(dict(columns)).to_parquet(str(path))
 
 

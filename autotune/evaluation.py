@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from autotune.tasks import SCORERS
 from btp.plan import Plan
 from btp.prefix import encode_images
 
-__all__ = ["Evaluator", "Scores", "load_model", "prompt_inputs"]
+__all__ = ["Evaluator", "EvaluatorPool", "Scores", "load_model", "prompt_inputs"]
 
 BATCH_SIZE = 24
 IMAGES_AT_ONCE = 8
@@ -153,3 +156,58 @@ class Evaluator:
     def _scored(self, answers: Sequence[str | None]) -> Scores:
         done = [(answer, e) for answer, e in zip(answers, self.examples, strict=True) if answer is not None]
         return Scores(tuple(a for a, _ in done), tuple(SCORERS[e.task](a, e.answer) for a, e in done))
+
+
+class EvaluatorPool:
+    """The same scores from several processes, one thread each, every picture's questions in one of them.
+
+    Two single-threaded processes beat one with two threads, and do not fall over when something else needs a core.
+    They idle while nobody asks, so a latency measured in between is undisturbed; they end with this
+    process, however it ends.
+    """
+
+    def __init__(self, source: str, device: str, examples: Sequence[Example], num_workers: int) -> None:
+        images = {image_id: number for number, image_id in enumerate(dict.fromkeys(e.image_id for e in examples))}
+        self._num_examples = len(examples)
+        self._shards = [
+            [i for i, e in enumerate(examples) if images[e.image_id] % num_workers == worker]
+            for worker in range(min(num_workers, len(images)))
+        ]
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        for shard in self._shards:
+            ours, theirs = context.Pipe()
+            work = (theirs, source, device, [examples[i] for i in shard])
+            context.Process(target=_serve, args=work, daemon=True).start()
+            theirs.close()
+            self._pipes.append(ours)
+
+    def complete(self, plan: Plan) -> Scores:
+        """All scores of a plan, in the order of the examples. Raises what a worker raised."""
+        for pipe in self._pipes:
+            pipe.send(plan)
+        found: list[tuple[str, float]] = [("", 0.0)] * self._num_examples
+        parts = [pipe.recv() for pipe in self._pipes]
+        for shard, part in zip(self._shards, parts, strict=True):
+            if isinstance(part, Exception):
+                raise part
+            for index, pair in zip(shard, zip(part.answers, part.scores, strict=True), strict=True):
+                found[index] = pair
+        return Scores(tuple(answer for answer, _ in found), tuple(value for _, value in found))
+
+
+def _serve(pipe: Connection, source: str, device: str, examples: Sequence[Example]) -> None:
+    """One worker: score the plans that come through the pipe until its other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its end closes the pipe
+    torch.set_num_threads(1)
+    evaluator: Evaluator | None = None
+    try:
+        while True:
+            plan = pipe.recv()
+            try:
+                evaluator = evaluator or Evaluator(*load_model(source, device), examples)
+                pipe.send(evaluator.complete(plan))
+            except Exception as error:  # the trial boundary: whatever went wrong here is raised by the asker
+                pipe.send(error)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return

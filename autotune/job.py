@@ -43,8 +43,9 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
     bench = Bench(config, splits)
     progress("measuring dense and the fastest plan", 0, None)
     floor, limit = _feasible_limit(bench, config)
-    if config.fresh:
-        shutil.rmtree(config.out, ignore_errors=True)
+    if config.fresh:  # only what resuming reads; the registry's history and the user's own files stay
+        (config.out / "study.db").unlink(missing_ok=True)
+        shutil.rmtree(config.out / "evaluations", ignore_errors=True)
     study = Study(config.out / "study.db", _study_name(bench, config, space), config.seed)
 
     def say(what: str) -> None:
@@ -105,8 +106,12 @@ class _Job:
         self._say("calibrating")
         identity = self._bench.anatomy.identity
         hand_set = presets.btp(identity.num_layers)
-        probes = [(FASTEST, floor), (hand_set, self._bench.ratio(hand_set)[0].value)]
-        fitted = LatencyModel.fit(probes, identity.num_layers, identity.num_image_tokens)
+        fitted = LatencyModel(floor, identity.num_layers, identity.num_image_tokens)
+        probes: list[tuple[Plan, float]] = []
+        for _ in range(3):  # the plan as it stands, then twice where the limit seems to be
+            plan = fitted.solve(rescale(hand_set), HEADROOM * limit) if probes else hand_set
+            probes.append((plan, self._bench.ratio(plan)[0].value))
+            fitted = LatencyModel.fit(probes, identity.num_layers, identity.num_image_tokens)
         self._study.note("floor", fitted.floor)
         self._study.note("calibrated_layers", self._bench.calibrated_layers(len(hand_set.stages)))
         self._study.note("limit", limit)
