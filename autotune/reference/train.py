@@ -428,7 +428,12 @@ class Trainer:
             log.write(line + "\n")
 
 
-DEFAULTS = {"vision": (1200, 32, 2e-3), "language": (3000, 8, 2e-3), "align": (300, 32, 2e-3), "joint": (1500, 8, 1e-3)}
+DEFAULTS = {
+    "vision": (1500, 32, 2e-3),
+    "language": (1900, 8, 1.5e-3),
+    "align": (250, 32, 2e-3),
+    "joint": (600, 8, 3e-4),
+}
 """Per stage: steps, pictures a step, learning rate."""
 
 
@@ -445,6 +450,12 @@ def _parse() -> Iterator[tuple[str, argparse.Namespace]]:
     options = parser.parse_args()
     for stage in STAGES if options.stage == "all" else (options.stage,):
         yield stage, options
+
+
+def _recipe(out: Path) -> list[dict[str, float | str]]:
+    """Steps and seconds that each stage took, for the model card."""
+    last = {line["stage"]: line for line in map(json.loads, (out / "train.jsonl").read_text().splitlines())}
+    return [{name: last[stage][name] for name in ("stage", "step", "seconds")} for stage in STAGES if stage in last]
 
 
 def main() -> None:
@@ -464,6 +475,7 @@ def main() -> None:
         if stage == "joint":
             trainer.model.save_pretrained(options.out / "model")
             trainer.processor.save_pretrained(options.out / "model")
+            (options.out / "model" / "recipe.json").write_text(json.dumps(_recipe(options.out), indent=1) + "\n")
 
 
 if __name__ == "__main__":
