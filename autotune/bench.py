@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autotune import data
 from autotune.certify import Interval, ScoreTable, latency_ratio
 from autotune.config import JobConfig, Limit
 from autotune.data import Example
-from autotune.evaluation import EvaluatorPool, Scores, load_model, prompt_inputs
+from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
 from btp.anatomy import anatomy_of
 from btp.calibration import cosine_shift, stage_layers
 from btp.latency import device_key, measure, percentile
@@ -24,7 +26,10 @@ __all__ = ["Bench", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of the paper's calibration
 BATCH_SIZE = 16
+MODEL_FILES = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 MAX_ROUNDS, CLEAR = 4, 0.02
+CONFIDENCE = 1 - 0.05 / MAX_ROUNDS  # of each look, so that all the looks together err one time in twenty
+MIN_PAIRS_OF_A_TAIL = 60  # a 95th percentile of fewer is the maximum
 
 
 def measure_ratio(
@@ -37,15 +42,14 @@ def measure_ratio(
     """
     dense_ms: list[float] = []
     pruned_ms: list[float] = []
+    repeats = repeats if limit.quantile == "p50" else max(repeats, MIN_PAIRS_OF_A_TAIL)
     for measured in range(1, MAX_ROUNDS + 1):
         blocks = measure(model, inputs, plan, repeats=repeats, warmup=2 if measured == 1 else 0)
         of_ttft = limit.metric == "ttft"
         dense_ms += (blocks.dense_first_token_ms if of_ttft else blocks.dense_prefill_ms)[1:]
         pruned_ms += blocks.pruned_first_token_ms if of_ttft else blocks.pruned_prefill_ms
-        interval, dense = (
-            latency_ratio(dense_ms, pruned_ms, limit.share),
-            percentile(tuple(dense_ms), 100 * limit.share),
-        )
+        interval = latency_ratio(dense_ms, pruned_ms, limit.share, CONFIDENCE)
+        dense = percentile(tuple(dense_ms), 100 * limit.share)
         if not interval.low <= limit.ratio(dense) < interval.high or interval.high - interval.low < CLEAR:
             break
     return interval, dense
@@ -56,14 +60,16 @@ class Bench:
 
     def __init__(self, config: JobConfig, splits: Mapping[str, Sequence[Example]]) -> None:
         self._config, self.splits = config, splits
+        torch.set_num_threads(config.threads)
         self.model, self._processor = load_model(config.model, config.device)
         self._inputs = prompt_inputs(self._processor, splits["calibrate"][:1], config.device)
         self.anatomy = anatomy_of(self.model)
         self.key = device_key(self.model, self._inputs)
         self.data_digests = {name: data.digest(splits[name]) for name in data.SPLITS}
-        identity = [_model_digest(config.model), *self.data_digests.values()]
+        identity = [_model_digest(config.model), *self.data_digests.values(), str(self.key), str(config.workers)]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self._evaluator = cache(self._make_evaluator)
+        self.evaluations = config.out / "evaluations" / self.digest[:16]
+        self._evaluate = cache(self._make_evaluator)
         self.table = cache(self._make_table)
 
     def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
@@ -72,17 +78,16 @@ class Bench:
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         """Stage layers right after the peaks of the cosine shift on `calibrate`, as BTP finds them."""
-        few = self.splits["calibrate"][:NUM_CALIBRATION]
+        # One question a picture: image tokens come before the question, so all about one picture say the same.
+        few = list({e.image_id: e for e in self.splits["calibrate"]}.values())[:NUM_CALIBRATION]
         chunks = [few[start : start + BATCH_SIZE] for start in range(0, len(few), BATCH_SIZE)]
         batches = (prompt_inputs(self._processor, chunk, self._config.device) for chunk in chunks)
         return stage_layers(cosine_shift(self.model, batches), num_stages)
 
     def scores(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split; computed once, also over several runs of the job."""
-        folder = self._config.out / "evaluations"
-        folder.mkdir(parents=True, exist_ok=True)
-        key = hashlib.sha256(f"{self.digest}{split}{plan.digest}".encode()).hexdigest()[:20]
-        path = folder / f"{key}.json"
+        self.evaluations.mkdir(parents=True, exist_ok=True)
+        path = self.evaluations / f"{split}-{plan.digest[:20]}.json"
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             return Scores(tuple(kept["answers"]), tuple(kept["scores"]))
@@ -93,15 +98,19 @@ class Bench:
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""
-        return self._evaluator(split).complete(plan)
+        return self._evaluate()(plan, split)
 
     def macro(self, plan: Plan, split: str) -> tuple[float, dict[str, float]]:
         """Mean over the tasks, and each task's mean."""
         by_task = self.table(split).by_task(self.scores(plan, split).scores)
         return sum(by_task.values()) / len(by_task), by_task
 
-    def _make_evaluator(self, split: str) -> EvaluatorPool:
-        return EvaluatorPool(self._config.model, self._config.device, self.splits[split], self._config.workers)
+    def _make_evaluator(self) -> Callable[[Plan, str], Scores]:
+        """Several processes on a CPU; on a GPU, or for one worker, the model that is here already."""
+        if self._config.device == "cpu" and self._config.workers > 1:
+            return EvaluatorPool(self._config.model, self.splits, self._config.workers)
+        prepared = cache(lambda split: Evaluator(self.model, self._processor, self.splits[split]))
+        return lambda plan, split: prepared(split)(plan)
 
     def _make_table(self, split: str) -> ScoreTable:
         examples = self.splits[split]
@@ -109,11 +118,12 @@ class Bench:
 
 
 def _model_digest(source: str) -> str:
-    """SHA-256 of a local folder's files, or the hub id as it stands."""
+    """SHA-256 of what a local folder's model is made of, or the hub id as it stands."""
     folder = Path(source)
     if not folder.is_dir():
         return source
     sha = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sha.update(path.name.encode() + path.read_bytes())
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in MODEL_FILES):
+        with path.open("rb") as file:
+            sha.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return sha.hexdigest()

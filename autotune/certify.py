@@ -25,7 +25,9 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def latency_ratio(dense_ms: Sequence[float], pruned_ms: Sequence[float], quantile: float) -> Interval:
+def latency_ratio(
+    dense_ms: Sequence[float], pruned_ms: Sequence[float], quantile: float, confidence: float = 0.95
+) -> Interval:
     """Ratio of a quantile of the pruned latencies to that of the dense ones, pairs resampled together."""
 
     def ratio(dense: NDArray[np.float64], pruned: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -33,7 +35,16 @@ def latency_ratio(dense_ms: Sequence[float], pruned_ms: Sequence[float], quantil
         return np.asarray(top / bottom)
 
     pairs = (np.asarray(dense_ms, float), np.asarray(pruned_ms, float))
-    found = stats.bootstrap(pairs, ratio, paired=True, vectorized=True, n_resamples=1000, method="percentile", rng=0)
+    found = stats.bootstrap(
+        pairs,
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=1000,
+        method="percentile",
+        rng=0,
+        confidence_level=confidence,
+    )
     interval = found.confidence_interval
     return Interval(float(ratio(*pairs)), float(interval.low), float(interval.high))
 
@@ -72,18 +83,23 @@ class ScoreTable:
         return self.macro(np.asarray(scores, float) - np.asarray(reference, float))
 
     def worst_task(self, scores: Sequence[float], dense: Sequence[float]) -> tuple[str, Interval]:
-        """The task that keeps least of its dense accuracy, and its accuracy with an interval."""
+        """The task that keeps least of its dense accuracy, of equals the least accurate; its accuracy with an interval.
+
+        Tasks that dense gets all wrong have nothing to keep, and are passed over unless there are no others.
+        """
         ours, theirs = self.by_task(scores), self.by_task(dense)
-        worst = min(self.tasks, key=lambda task: ours[task] / max(theirs[task], 1e-9))
+        able = [task for task in self.tasks if theirs[task] > 0] or list(self.tasks)
+        worst = min(able, key=lambda task: (ours[task] / max(theirs[task], 1e-9), ours[task]))
         return worst, self._interval(self._sums(np.asarray(scores, float)), [self.tasks.index(worst)])
 
     def _interval(self, sums: NDArray[np.float64], tasks: slice | list[int]) -> Interval:
-        sums, counts = sums[:, tasks], self._counts[:, tasks]
+        asked = self._counts[:, tasks].sum(1) > 0  # pictures that say nothing of these tasks are not resampled
+        sums, counts = sums[asked][:, tasks], self._counts[asked][:, tasks]
 
         def macro(rows: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-            # A resample that misses a task altogether says nothing about it: its mean is over the tasks it has.
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return np.asarray(np.nanmean(sums[rows].sum(-2) / counts[rows].sum(-2), axis=-1))
+            top, bottom = sums[rows].sum(-2), counts[rows].sum(-2)
+            # A resample that misses a rare task says nothing about it: its mean is over the tasks it has.
+            return np.asarray((top / np.maximum(bottom, 1)).sum(-1) / (bottom > 0).sum(-1))
 
         rows = np.arange(len(sums))
         found = stats.bootstrap(

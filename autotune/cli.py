@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from autotune.config import AutotuneError, JobConfig, Limit
@@ -30,8 +30,8 @@ LimitOption = Annotated[
     str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for the study, the registry and everything written.")]
-TrialsOption = Annotated[int, typer.Option("--trials", min=1, help="Finished trials to reach, earlier ones counted.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the search.")]
+TrialsOption = Annotated[int, typer.Option("--trials", min=6, help="Finished trials to reach, earlier ones counted.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the search.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads a latency is measured with.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core, or 1 on a GPU.")
@@ -88,7 +88,7 @@ def tune(
 ) -> None:
     """Tune your own model on your own questions."""
     with _errors(debug):
-        name = name or Path(model).name
+        name = name or Path(model).resolve().name
         config = _config(
             model, data, limit, out, trials, seed, threads, workers, repeats, fresh, name, space, device, registry
         )
@@ -201,11 +201,8 @@ def _splits(path: Path | None) -> Mapping[str, Any]:
 
 
 def _run_job(config: JobConfig, as_json: bool) -> None:
-    import torch
-
     from autotune import job
 
-    torch.set_num_threads(config.threads)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -213,7 +210,7 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
         TextColumn("best {task.fields[best]}"),
     )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr) as bar:
-        line = bar.add_task("reading the data", total=config.num_trials, best="-")
+        line = bar.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, best="-")
 
         def show(what: str, done: int, best: float | None) -> None:
             bar.update(line, description=what, completed=done, best="-" if best is None else f"{best:.3f}")
@@ -223,6 +220,8 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
         print(json.dumps(outcome.to_dict()))
     else:
         _print(outcome)
+    if not (outcome.met and outcome.reproduced):
+        raise typer.Exit(1)
 
 
 def _print(outcome: Any) -> None:
@@ -244,7 +243,8 @@ def _print(outcome: Any) -> None:
         sure = "excludes" if interval.excludes_zero else "includes"
         console.print(f"tuned - {name}: {_interval(interval, sign='+')}, {sure} zero")
     console.print(f"\n{outcome.version} registered, alias {outcome.alias}")
-    console.print(f"in a fresh process: {_interval(outcome.fresh_ratio)} of dense; limit {outcome.limit}")
+    word = "meets" if outcome.met else "MISSES"
+    console.print(f"in a fresh process: {_interval(outcome.fresh_ratio)} of dense, {word} {outcome.limit}")
     console.print(f"score reproduced by the pulled profile: {'yes' if outcome.reproduced else 'NO'}")
     for path in outcome.paths.values():
         console.print(f"  {path}", highlight=False)

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["AutotuneError", "JobConfig", "Limit"]
+__all__ = ["AutotuneError", "JobConfig", "Limit", "check_sqlite"]
 
 
 class AutotuneError(Exception):
     """What the user handed in breaks a rule; the text names the rule, what came and the way out."""
+
+
+def check_sqlite(path: Path) -> None:
+    """Raise AutotuneError where something that is no SQLite database stands at `path`."""
+    if path.exists() and not (path.is_file() and path.read_bytes()[:16] in (b"", b"SQLite format 3\0")):
+        raise AutotuneError(
+            f"{path} must be an SQLite database, or not be there yet; move it away or use another --out"
+        )
 
 
 @dataclass(frozen=True, slots=True)

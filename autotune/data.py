@@ -19,6 +19,7 @@ __all__ = ["SPLITS", "Example", "digest", "from_dataset", "load", "split", "writ
 SPLITS = ("calibrate", "select", "certify")
 SHARES = {"calibrate": 0.1, "select": 0.3, "certify": 0.6}
 COLUMNS = ("image", "question", "answer", "task")
+TEXTS = ("question", "answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,16 @@ def split(examples: Sequence[Example], seed: int = 0) -> dict[str, list[Example]
         )
     edges = [0, round(SHARES["calibrate"] * len(images)), round((1 - SHARES["certify"]) * len(images)), len(images)]
     home = {image: name for k, name in enumerate(SPLITS) for image in images[edges[k] : edges[k + 1]]}
-    return {name: [e for e in examples if home[e.image_id] == name] for name in SPLITS}
+    splits = {name: [e for e in examples if home[e.image_id] == name] for name in SPLITS}
+    for name in ("select", "certify"):
+        for task in dict.fromkeys(e.task for e in examples):
+            num_pictures = len({e.image_id for e in splits[name] if e.task == task})
+            if num_pictures < 2:
+                raise AutotuneError(
+                    f"every task needs questions about at least 2 pictures in each split, got {num_pictures} for {task!r} "
+                    f"in {name!r}; add such questions, or leave the task out"
+                )
+    return splits
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -81,10 +91,12 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise AutotuneError(f"--data must be a UTF-8 JSONL file or a dataset folder, got {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -115,15 +127,16 @@ def _examples(rows: Iterable[tuple[int, Mapping[str, Any]]], path: Path) -> list
         where = f"{path}, row {number}"
         if missing := [name for name in COLUMNS if name not in row]:
             raise AutotuneError(f"{where}: a row needs {', '.join(COLUMNS)}, got no {missing[0]!r}")
-        if row["task"] not in SCORERS:
+        if not isinstance(row["task"], str) or row["task"] not in SCORERS:
             raise AutotuneError(
                 f"{where}: unknown task {row['task']!r}; known are {', '.join(SCORERS)} ('exact' for any other)"
             )
-        for name in ("question", "answer"):
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise AutotuneError(f"{where}: {name!r} must be a non-empty text, got {row[name]!r}")
+        texts = {name: str(row[name]) if type(row[name]) in (int, float) else row[name] for name in TEXTS}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise AutotuneError(f"{where}: {name!r} must be a non-empty text, got {text!r}")
         image, image_id = _picture(row["image"], path, where, known)
-        examples.append(Example(image, image_id, row["question"], row["answer"], row["task"]))
+        examples.append(Example(image, image_id, texts["question"], texts["answer"], row["task"]))
     return examples
 
 
@@ -134,13 +147,13 @@ def _picture(value: Any, path: Path, where: str, known: dict[Any, tuple[Image.Im
     if isinstance(value, Image.Image):
         image = value.convert("RGB")
     else:
-        file = path.parent / str(value)
+        file = (path if path.is_dir() else path.parent) / str(value)
         try:
             with Image.open(file) as opened:
                 image = opened.convert("RGB")
         except FileNotFoundError as error:
             raise AutotuneError(f"{where}: the image must exist, got {file}; paths are relative to the file") from error
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise AutotuneError(f"{where}: the image must be readable, got {file}: {error}") from error
     image_id = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     known[image_id] = known.get(image_id, (image, image_id))  # one copy of a picture, however often it is asked about

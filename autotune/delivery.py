@@ -14,7 +14,7 @@ from typing import Any
 from autotune import data
 from autotune.bench import Bench
 from autotune.certify import Interval
-from autotune.config import AutotuneError, JobConfig
+from autotune.config import AutotuneError, JobConfig, check_sqlite
 from autotune.objective import Told
 from autotune.registry import Registry, Version
 from autotune.report import write_front
@@ -22,7 +22,7 @@ from autotune.study import Study
 from btp.plan import Plan
 from btp.profile import Profile, Workload
 
-__all__ = ["Outcome", "Row", "deliver"]
+__all__ = ["Outcome", "Row", "check_out", "deliver"]
 
 EVIDENCE = ("evidence.parquet", "trials.json", "front.png", "front.html")
 
@@ -59,12 +59,28 @@ class Outcome:
     version: str
     alias: str
     fresh_ratio: Interval
+    met: bool
     reproduced: bool
     paths: Mapping[str, str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
+
+
+def check_out(config: JobConfig) -> None:
+    """Refuse, before anything is computed, a place or a name that the results could not be written to."""
+    if config.out.exists() and not config.out.is_dir():
+        raise AutotuneError(f"--out must be a folder, or not be there yet, got the file {config.out}")
+    if not config.name or set(config.name) & set("/:@"):
+        raise AutotuneError(f"--name must be a text without / : @, got {config.name!r}; it names the registered model")
+    if config.tracking_uri is None:
+        check_sqlite(config.out / "mlflow.db")
+    _registry(config)
+
+
+def _registry(config: JobConfig) -> Registry:
+    return Registry(config.tracking_uri or f"sqlite:///{config.out / 'mlflow.db'}")
 
 
 def deliver(
@@ -80,7 +96,7 @@ def deliver(
     """Register the champion with its evidence, pull it by alias, apply it, and measure it in a fresh process."""
     say("registering")
     _write(config, bench, study, champion, rows, minus)
-    registry = Registry(config.tracking_uri or f"sqlite:///{config.out / 'mlflow.db'}")
+    registry = _registry(config)
     alias = f"champion-{bench.key.slug}"
     version = _register(config, bench, study, registry, alias, {row.name: row for row in rows})
     pulled = registry.pull(config.name, alias, config.out / "pulled.json")
@@ -89,7 +105,9 @@ def deliver(
     profile.check_fits(bench.anatomy.identity)
     again = bench.scores_anew(profile.plan, "select")
     say("measuring the pulled profile in a fresh process")
-    names = ("profile.json", *EVIDENCE, "study.db")
+    fresh = _fresh_ratio(config, pulled)
+    names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations")
+    names += ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     return Outcome(
         study=study.name,
         limit=str(config.limit),
@@ -98,7 +116,8 @@ def deliver(
         tuned_minus=minus,
         version=version.uri,
         alias=f"models:/{config.name}@{alias}",
-        fresh_ratio=_fresh_ratio(config, pulled),
+        fresh_ratio=fresh,
+        met=fresh.value <= champion.limit,
         reproduced=bench.table("select").by_task(again.scores) == dict(champion.by_task),
         paths={name: str(config.out / name) for name in names},
         seconds=time.monotonic() - began,
@@ -135,7 +154,7 @@ def _write(
     told = study.told()
     trials = [{**asdict(t), "plan": t.plan.to_dict()} for t in told]
     (config.out / "trials.json").write_text(json.dumps(trials, indent=1), encoding="utf-8")
-    write_front(told, champion.plan, str(config.limit), config.out)
+    write_front(told, champion.plan, config.limit, config.out)
 
 
 def _register(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -39,22 +41,30 @@ def load_model(source: str, device: str) -> tuple[Any, Any]:
     """Model, in evaluation mode, float32 on CPU and its own dtype elsewhere, and processor of a folder or hub id."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = _first_line(error)
+        raise AutotuneError(f"--device must be one that torch can use here, got {device!r}: {reason}") from error
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.float32 if device == "cpu" else "auto"
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         kind = "folder" if Path(source).exists() else "folder or hub id"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AutotuneError(
-            f"--model must be a {kind} that transformers can load with its processor, got {source}: {reason}; "
-            "save both with save_pretrained into one folder"
+            f"--model must be a {kind} that transformers can load with its processor, got {source}: "
+            f"{_first_line(error)}; save both with save_pretrained into one folder"
         ) from error
     if getattr(processor, "chat_template", None) is None:
         raise AutotuneError(f"the processor in {source} must have a chat template, got none; add chat_template.jinja")
     processor.tokenizer.padding_side = "left"
-    model.to(torch.device(device))
-    return model.eval(), processor
+    return model.to(torch.device(device)).eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def prompt_inputs(processor: Any, examples: Sequence[Example], device: str) -> dict[str, Any]:
@@ -131,19 +141,15 @@ class Evaluator:
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return inputs
 
-    def __call__(self, plan: Plan) -> Iterator[Scores]:
-        """Running scores, one batch more at a time; the last one is complete. Closing it stops the work."""
-        answers: list[str | None] = [None] * len(self.examples)
+    def __call__(self, plan: Plan) -> Scores:
+        """All scores of a plan, in the order of the examples."""
+        answers = [""] * len(self.examples)
         with btp.prune(self._model, plan):
             for group, inputs in self._batches:
                 for index, answer in zip(group, self._generate(inputs, self.examples[group[0]].task), strict=True):
                     answers[index] = answer
-                yield self._scored(answers)
-
-    def complete(self, plan: Plan) -> Scores:
-        """All scores of a plan."""
-        *_, last = self(plan)
-        return last
+        scores = (SCORERS[e.task](answer, e.answer) for answer, e in zip(answers, self.examples, strict=True))
+        return Scores(tuple(answers), tuple(scores))
 
     def _generate(self, inputs: dict[str, Any], task: str) -> list[str]:
         with torch.inference_mode():
@@ -153,60 +159,64 @@ class Evaluator:
         new = ids[:, inputs["input_ids"].shape[1] :]
         return [text.strip().lower() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _scored(self, answers: Sequence[str | None]) -> Scores:
-        done = [(answer, e) for answer, e in zip(answers, self.examples, strict=True) if answer is not None]
-        return Scores(tuple(a for a, _ in done), tuple(SCORERS[e.task](a, e.answer) for a, e in done))
-
 
 class EvaluatorPool:
-    """The same scores from several processes, one thread each, every picture's questions in one of them.
+    """The same scores from several CPU processes, one thread each, all questions about a picture in one of them.
 
     Two single-threaded processes beat one with two threads, and do not fall over when something else needs a core.
-    They idle while nobody asks, so a latency measured in between is undisturbed; they end with this
-    process, however it ends.
+    Each holds one copy of the model and prepares a split when it is first asked for. They idle while nobody asks, so a
+    latency measured in between is undisturbed, and end with this process, however it ends.
     """
 
-    def __init__(self, source: str, device: str, examples: Sequence[Example], num_workers: int) -> None:
-        images = {image_id: number for number, image_id in enumerate(dict.fromkeys(e.image_id for e in examples))}
-        self._num_examples = len(examples)
-        self._shards = [
-            [i for i, e in enumerate(examples) if images[e.image_id] % num_workers == worker]
-            for worker in range(min(num_workers, len(images)))
-        ]
+    def __init__(self, source: str, splits: Mapping[str, Sequence[Example]], num_workers: int) -> None:
+        self._shards = {name: _shards(examples, num_workers) for name, examples in splits.items()}
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
-        for shard in self._shards:
+        for worker in range(num_workers):
             ours, theirs = context.Pipe()
-            work = (theirs, source, device, [examples[i] for i in shard])
-            context.Process(target=_serve, args=work, daemon=True).start()
+            own = {name: [splits[name][i] for i in shards[worker]] for name, shards in self._shards.items()}
+            context.Process(target=_serve, args=(theirs, source, own), daemon=True).start()
             theirs.close()
             self._pipes.append(ours)
 
-    def complete(self, plan: Plan) -> Scores:
-        """All scores of a plan, in the order of the examples. Raises what a worker raised."""
-        for pipe in self._pipes:
-            pipe.send(plan)
-        found: list[tuple[str, float]] = [("", 0.0)] * self._num_examples
-        parts = [pipe.recv() for pipe in self._pipes]
-        for shard, part in zip(self._shards, parts, strict=True):
+    def __call__(self, plan: Plan, split: str) -> Scores:
+        """All scores of a plan on a split, in the order of its examples. Raises what a worker raised."""
+        shards = self._shards[split]
+        found: dict[int, tuple[str, float]] = {}
+        try:
+            for pipe in self._pipes:
+                pipe.send((plan, split))
+            parts = [pipe.recv() for pipe in self._pipes]
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise AutotuneError(
+                "a worker process must live until the job ends, but one died; if memory ran out, use fewer --workers, "
+                "and run the same command again to resume"
+            ) from error
+        for shard, part in zip(shards, parts, strict=True):
             if isinstance(part, Exception):
                 raise part
-            for index, pair in zip(shard, zip(part.answers, part.scores, strict=True), strict=True):
-                found[index] = pair
-        return Scores(tuple(answer for answer, _ in found), tuple(value for _, value in found))
+            found.update(zip(shard, zip(part.answers, part.scores, strict=True), strict=True))
+        answers, scores = zip(*(found[index] for index in range(len(found))), strict=True)
+        return Scores(answers, scores)
 
 
-def _serve(pipe: Connection, source: str, device: str, examples: Sequence[Example]) -> None:
+def _shards(examples: Sequence[Example], num_workers: int) -> list[list[int]]:
+    """Indices of the examples that each worker answers."""
+    images = {image_id: number for number, image_id in enumerate(dict.fromkeys(e.image_id for e in examples))}
+    return [[i for i, e in enumerate(examples) if images[e.image_id] % num_workers == w] for w in range(num_workers)]
+
+
+def _serve(pipe: Connection, source: str, splits: Mapping[str, Sequence[Example]]) -> None:
     """One worker: score the plans that come through the pipe until its other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its end closes the pipe
     torch.set_num_threads(1)
-    evaluator: Evaluator | None = None
+    loaded = cache(lambda: load_model(source, "cpu"))
+    evaluator = cache(lambda split: Evaluator(*loaded(), splits[split]))
     try:
         while True:
-            plan = pipe.recv()
+            plan, split = pipe.recv()
             try:
-                evaluator = evaluator or Evaluator(*load_model(source, device), examples)
-                pipe.send(evaluator.complete(plan))
+                pipe.send(evaluator(split)(plan))
             except Exception as error:  # the trial boundary: whatever went wrong here is raised by the asker
                 pipe.send(error)
     except (EOFError, BrokenPipeError, ConnectionResetError):

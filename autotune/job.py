@@ -15,7 +15,7 @@ from autotune.bench import Bench
 from autotune.certify import Interval, ScoreTable
 from autotune.config import AutotuneError, JobConfig
 from autotune.data import Example
-from autotune.delivery import Outcome, Row, deliver
+from autotune.delivery import Outcome, Row, check_out, deliver
 from autotune.latency_model import LatencyModel
 from autotune.objective import Told
 from autotune.space import SearchSpace, rescale
@@ -24,14 +24,16 @@ from btp import presets
 from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["Progress", "run"]
+__all__ = ["MIN_TRIALS", "STEPS_AFTER", "Progress", "run"]
 
 Progress = Callable[[str, int, float | None], None]
-"""Told of every step: what is going on, trials done, best feasible score so far."""
+"""Told of every step: what is going on, steps done, best feasible score so far."""
+STEPS_AFTER = 22  # what is said between the last trial and the end, for the time left
 
 DENSE = Plan(stages=())
 FASTEST = Plan(stages=(Stage(layer=0, keep=0.0, selector="uniform"),))
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
+MIN_TRIALS = 6  # the fixed plans, and one draw
 HEADROOM = 0.95  # of the limit, for the fixed plans that are scaled to it
 
 
@@ -40,22 +42,33 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
     began = time.monotonic()
     space = SearchSpace.load(config.space)
     progress("loading the model", 0, None)
+    check_out(config)
     bench = Bench(config, splits)
     progress("measuring dense and the fastest plan", 0, None)
     floor, limit = _feasible_limit(bench, config)
-    if config.fresh:  # only what resuming reads; the registry's history and the user's own files stay
-        (config.out / "study.db").unlink(missing_ok=True)
-        shutil.rmtree(config.out / "evaluations", ignore_errors=True)
-    study = Study(config.out / "study.db", _study_name(bench, config, space), config.seed)
-
-    def say(what: str) -> None:
-        told = study.told()
-        progress(what, len(told), max((t.score for t in told if t.feasible), default=None))
-
+    name = _study_name(bench, config, space)
+    if config.fresh:  # only this study and its scores; the registry keeps its history
+        Study.forget(config.out / "study.db", name)
+        shutil.rmtree(bench.evaluations, ignore_errors=True)
+    study = Study(config.out / "study.db", name, config.seed)
+    say = _Reporter(study, config.num_trials, progress)
     _Job(config, bench, study, space, say).search(floor, limit)
     champion = _champion(bench, study, config, say)
     rows, minus = _certify(bench, study, champion, say)
     return deliver(config, bench, study, champion, rows, minus, say, began)
+
+
+class _Reporter:
+    """Turns steps into progress: a step a trial, then a step a saying."""
+
+    def __init__(self, study: Study, num_trials: int, progress: Progress) -> None:
+        self._study, self._num_trials, self._progress, self._after = study, num_trials, progress, 0
+
+    def __call__(self, what: str) -> None:
+        told = self._study.told()
+        self._after += len(told) >= self._num_trials
+        best = max((t.score for t in told if t.feasible), default=None)
+        self._progress(f"{what} ({len(told)} trials)", min(len(told), self._num_trials) + self._after, best)
 
 
 def _feasible_limit(bench: Bench, config: JobConfig) -> tuple[float, float]:

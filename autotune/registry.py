@@ -141,6 +141,8 @@ class Registry:
         The bytes are checked against the profile's own digest and against the digest the version was registered
         with; only a profile that passes both is put in place, in one step.
         """
+        if self._database is not None and not self._database.exists():
+            raise RegistryError(f"a registry must exist before one can pull from it, got {self.tracking_uri}")
         with tempfile.TemporaryDirectory() as staging, self._reported(f"pull {name}@{alias}"):
             aliases = self._model(name).aliases
             if alias not in aliases:

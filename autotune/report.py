@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autotune.config import Limit
 from autotune.objective import Told, front
 from btp.plan import Plan
 
 __all__ = ["write_front"]
 
 FIXED = {"hand-set": "s", "hand-set at limit": "P", "hand-set, calibrated layers": "X", "random": "v", "uniform": "^"}
-AXES = ("prefill latency, ratio to dense (measured)", "macro accuracy on `select`")
+SCORE = "macro accuracy on `select`"
 
 
 def describe(plan: Plan) -> str:
@@ -22,13 +23,17 @@ def describe(plan: Plan) -> str:
     )
 
 
-def write_front(told: Sequence[Told], tuned: Plan, limit: str, out: Path) -> None:
+def _latency(limit: Limit) -> str:
+    return f"{limit.metric} {limit.quantile}, ratio to dense (measured)"
+
+
+def write_front(told: Sequence[Told], tuned: Plan, limit: Limit, out: Path) -> None:
     """Write `front.png` and `front.html` into `out`."""
     _write_png(told, tuned, limit, out / "front.png")
     _write_html(told, tuned, limit, out / "front.html")
 
 
-def _write_png(told: Sequence[Told], tuned: Plan, limit: str, path: Path) -> None:
+def _write_png(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,13 +55,13 @@ def _write_png(told: Sequence[Told], tuned: Plan, limit: str, path: Path) -> Non
         if t.plan == tuned:
             axes.plot(t.ratio, t.score, "*", color="tab:orange", markersize=17, label="tuned", zorder=5)
             break
-    axes.set(xlabel=AXES[0], ylabel=AXES[1])
+    axes.set(xlabel=_latency(limit), ylabel=SCORE)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
 
 
-def _write_html(told: Sequence[Told], tuned: Plan, limit: str, path: Path) -> None:
+def _write_html(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> None:
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -78,7 +83,7 @@ def _write_html(told: Sequence[Told], tuned: Plan, limit: str, path: Path) -> No
         )
     )
     figure.add_vline(x=told[0].limit, line_dash="dash", annotation_text=f"limit {limit}")
-    figure.update_layout(xaxis_title=AXES[0], yaxis_title=AXES[1], template="plotly_white", title="Pareto front")
+    figure.update_layout(xaxis_title=_latency(limit), yaxis_title=SCORE, template="plotly_white", title="Pareto front")
     figure.write_html(path, include_plotlyjs=True, full_html=True)
 
 

@@ -9,9 +9,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+from autotune.config import check_sqlite
 from autotune.objective import Told
 from autotune.space import Draw, SearchSpace
 from btp.plan import Plan
@@ -19,7 +21,8 @@ from btp.plan import Plan
 __all__ = ["Study"]
 
 CONSTRAINT = "latency_over_limit"  # the one constraint, set on every COMPLETE trial: feasible is <= 0
-NUM_RANDOM = 12  # draws before TPE begins to learn
+NUM_RANDOM = 12  # draws before TPE begins to learn, the fixed plans not counted
+FIXED_KEYS = ("fixed_name", "fixed_plan")
 
 
 class Study:
@@ -27,6 +30,7 @@ class Study:
 
     def __init__(self, storage: Path, name: str, seed: int) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
+        check_sqlite(storage)
         storage.parent.mkdir(parents=True, exist_ok=True)
         self._seed = seed
         self._url = f"sqlite:///{storage}"
@@ -35,7 +39,8 @@ class Study:
         )
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self._study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, "retry_of": trial.number})
+            kept = {key: trial.user_attrs[key] for key in FIXED_KEYS if key in trial.user_attrs}
+            self._study.enqueue_trial(trial.params, user_attrs={**kept, "retry_of": trial.number})
 
     @property
     def name(self) -> str:
@@ -50,8 +55,12 @@ class Study:
 
     def enqueue(self, name: str, plan: Plan) -> None:
         """Make a fixed plan a trial, once however often the study is resumed."""
-        if all(trial.user_attrs.get("name") != name for trial in self._study.trials):
-            self._study.enqueue_trial({}, user_attrs={"name": name, "plan": plan.to_json()})
+        if all(trial.user_attrs.get("fixed_name") != name for trial in self._study.trials):
+            self._study.enqueue_trial({}, user_attrs={"fixed_name": name, "fixed_plan": plan.to_json()})
+
+    @property
+    def _num_fixed(self) -> int:
+        return len({t.user_attrs["fixed_name"] for t in self._study.trials if "fixed_name" in t.user_attrs})
 
     @property
     def num_done(self) -> int:
@@ -66,11 +75,15 @@ class Study:
             # Fixed plans are trials without parameters; only grouping keeps the joint space of the others whole.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.sampler = optuna.samplers.TPESampler(
-                seed=self._seed * 100_003 + self.num_done, n_startup_trials=NUM_RANDOM, multivariate=True, group=True
+                seed=int(np.random.SeedSequence((self._seed, self.num_done)).generate_state(1)[0]),
+                n_startup_trials=NUM_RANDOM + self._num_fixed,
+                multivariate=True,
+                group=True,
             )
         trial = self._study.ask()
-        if "plan" in trial.user_attrs:
-            return trial.number, trial.user_attrs["name"], Plan.from_dict(json.loads(trial.user_attrs["plan"]))
+        if "fixed_plan" in trial.user_attrs:
+            plan = Plan.from_dict(json.loads(trial.user_attrs["fixed_plan"]))
+            return trial.number, trial.user_attrs["fixed_name"], plan
         return trial.number, f"trial {trial.number}", space.suggest(trial)
 
     def tell(self, told: Told) -> None:
@@ -79,10 +92,6 @@ class Study:
             trial.set_user_attr(key, value)
         trial.set_constraint(CONSTRAINT, told.ratio_high - told.limit)
         self._study.tell(told.number, [told.score, told.ratio])
-
-    def abandon(self, number: int) -> None:
-        """A trial that will not finish: failed, and asked again on resuming."""
-        self._study.tell(number, state=TrialState.FAIL)
 
     def _trial(self, number: int) -> optuna.Trial:
         identity = self._study.get_trials(deepcopy=False)[number]._trial_id
@@ -95,3 +104,11 @@ class Study:
             Told(plan=Plan.from_dict(json.loads(t.user_attrs["plan"])), **{name: t.user_attrs[name] for name in names})
             for t in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         ]
+
+    @staticmethod
+    def forget(storage: Path, name: str) -> None:
+        """Delete one study, if it is there; others in the same storage stay."""
+        if storage.exists():
+            url = f"sqlite:///{storage}"
+            if name in optuna.get_all_study_names(url):
+                optuna.delete_study(study_name=name, storage=url)

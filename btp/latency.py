@@ -115,6 +115,7 @@ def device_key(model: nn.Module, inputs: Mapping[str, Any]) -> DeviceKey:
         transformers=version("transformers"),
         attention=anatomy.attention_kernel,
         dtype=str(parameter.dtype).removeprefix("torch."),
+        threads=0 if on_gpu else torch.get_num_threads(),
         batch_size=input_ids_BS.shape[0],
         prompt_tokens=input_ids_BS.shape[1],
         image_tokens=int(anatomy.image_mask(input_ids_BS[:1]).sum()),

@@ -41,7 +41,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceKey:
-    """Where a latency holds. Latencies of different keys are never compared."""
+    """Where a latency holds. Latencies of different keys are never compared. threads: of the CPU; 0 on a GPU."""
 
     name: str
     driver: str
@@ -50,6 +50,7 @@ class DeviceKey:
     transformers: str
     attention: str
     dtype: str
+    threads: int
     batch_size: int
     prompt_tokens: int
     image_tokens: int

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["SPLITS", "WEIGHTS", "dataset", "load"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-SPLITS = {"calibrate": (1, 32), "select": (2, 48), "certify": (3, 400)}
-"""Per split: the stream its scenes are drawn from, and how many scenes it has. Training has streams of its own."""
+SPLITS = {"calibrate": (1, 64), "select": (2, 48), "certify": (3, 340)}
+"""Per split: the stream its scenes are drawn from, and how many scenes it has."""
+STREAMS = 20250522  # first entropy word of those streams; training draws from streams that begin with its --seed
 
 
 def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -54,7 +55,7 @@ def _rows(split: str, seed: int | None) -> Any:
     from autotune.reference import questions, scenes
 
     stream, num_scenes = SPLITS[split]
-    rng = np.random.default_rng((7, stream) if seed is None else (8, stream, seed))
+    rng = np.random.default_rng((STREAMS, stream, 0 if seed is None else seed + 1))
     found = 0
     while found < num_scenes:
         scene = scenes.sample(rng)

@@ -412,7 +412,7 @@ class Trainer:
             recent.append({"loss": loss.item(), **metrics})
             self.step += 1
             self.seconds = time.monotonic() - began
-            if self.step % report_every == 0:
+            if self.step % report_every == 0 or self.step == self.steps:
                 self._report(recent)
                 recent = []
             if time.monotonic() - saved > save_every_s:

@@ -58,11 +58,11 @@ def finished(handed_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     line = [sys.executable, "-m", "autotune.cli", *arguments(handed_in, out)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list((out / "evaluations").glob("*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list((out / "evaluations").glob("*/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = len(list((out / "evaluations").glob("*.json")))
+    before = len(list((out / "evaluations").glob("*/*.json")))
     assert 2 <= before < 7
     done = run(*arguments(handed_in, out))
     assert done.returncode == 0, done.stderr
@@ -81,17 +81,18 @@ def test_the_job_ends_with_a_registered_profile_that_does_what_it_says(finished:
         "uniform",
         "tuned",
     ]
-    assert all(Path(path).stat().st_size for path in outcome["paths"].values())
+    assert all(Path(path).exists() for path in outcome["paths"].values())
     profile = Profile.load(out / "profile.json")
     assert profile.plan == Plan.from_dict(outcome["rows"][-1]["plan"])
-    assert outcome["fresh_ratio"]["low"] <= 0.9
+    assert outcome["fresh_ratio"]["value"] <= 0.9
+    assert outcome["met"] is True
 
 
 def test_a_killed_job_loses_no_trial_and_counts_none_twice(finished: tuple[Path, dict[str, Any]]) -> None:
     trials = json.loads((finished[0] / "trials.json").read_text())
     assert len(trials) == 7
     names = [trial["name"] for trial in trials]
-    assert names[:5] == ["hand-set", "hand-set at limit", "hand-set, calibrated layers", "random", "uniform"]
+    assert {"hand-set", "hand-set at limit", "hand-set, calibrated layers", "random", "uniform"} < set(names)
     assert len(set(names)) == 7
 
 
@@ -120,7 +121,7 @@ def test_running_again_resumes_and_computes_nothing_twice(
     handed_in: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
     out, outcome = finished
-    kept = {path: path.stat().st_mtime_ns for path in (out / "evaluations").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (out / "evaluations").glob("*/*.json")}
     done = run(*arguments(handed_in, out))
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)

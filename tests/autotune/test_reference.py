@@ -81,8 +81,8 @@ def test_it_sees_and_is_lost_without_sight() -> None:
     examples = data.from_dataset(reference.dataset("select"), "select")
     evaluator = Evaluator(*load_model(str(reference.WEIGHTS), "cpu"), examples)
     table = ScoreTable([e.image_id for e in examples], [e.task for e in examples])
-    dense = table.by_task(evaluator.complete(Plan(stages=())).scores)
-    blind = table.macro(evaluator.complete(Plan(stages=(Stage(layer=0, keep=0.0),))).scores)
+    dense = table.by_task(evaluator(Plan(stages=())).scores)
+    blind = table.macro(evaluator(Plan(stages=(Stage(layer=0, keep=0.0),))).scores)
     assert np.mean(list(dense.values())) >= 0.85
     assert min(dense.values()) >= 0.7
     assert blind.value < 0.45
@@ -91,6 +91,7 @@ def test_it_sees_and_is_lost_without_sight() -> None:
 def test_the_card_speaks_of_these_weights() -> None:
     card = (reference.WEIGHTS / "MODEL_CARD.md").read_text()
     figures = json.loads(card.rpartition("<!-- ")[2].partition(" -->")[0])
+    assert figures["weights"] == hashlib.sha256((reference.WEIGHTS / "model.safetensors").read_bytes()).hexdigest()
     assert figures["dense"]["macro"][0] >= 0.85
     assert min(value for task, value in figures["dense"].items() if task != "macro") >= 0.7
     assert figures["blind"]["macro"][0] < 0.45

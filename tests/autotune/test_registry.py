@@ -116,7 +116,7 @@ def save_profile(path: Path, layer: int) -> Path:
         plan=Plan(stages=(Stage(layer=layer, keep=0.5),)),
         model=ModelIdentity(architecture="Tiny", num_layers=4, hidden_size=8, num_image_tokens=16),
         workload=Workload(**kernel, **size),
-        device=DeviceKey(name="cpu", **software, **kernel, **size),
+        device=DeviceKey(name="cpu", threads=1, **software, **kernel, **size),
     ).save(path)
     return path
 

@@ -15,6 +15,7 @@ PROFILE = Profile(
     ),
     workload=Workload(image_tokens=576, prompt_tokens=640, batch_size=1, dtype="bfloat16", attention="sdpa"),
     device=DeviceKey(
+        threads=1,
         name="NVIDIA H200",
         driver="570.1",
         cuda="12.8",
