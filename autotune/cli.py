@@ -205,8 +205,7 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
         TextColumn("best {task.fields[best]}"),
     )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr) as bar:

@@ -68,8 +68,8 @@ def split(examples: Sequence[Example], seed: int = 0) -> dict[str, list[Example]
             num_pictures = len({e.image_id for e in splits[name] if e.task == task})
             if num_pictures < 2:
                 raise AutotuneError(
-                    f"every task needs questions about at least 2 pictures in each split, got {num_pictures} for {task!r} "
-                    f"in {name!r}; add such questions, or leave the task out"
+                    f"every task needs questions about at least 2 pictures in each split, got {num_pictures} "
+                    f"for {task!r} in {name!r}; add such questions, or leave the task out"
                 )
     return splits
 

@@ -106,8 +106,8 @@ def deliver(
     again = bench.scores_anew(profile.plan, "select")
     say("measuring the pulled profile in a fresh process")
     fresh = _fresh_ratio(config, pulled)
-    names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations")
-    names += ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
+    local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
+    names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations", *local)
     return Outcome(
         study=study.name,
         limit=str(config.limit),
