@@ -47,6 +47,22 @@ def test_the_worst_task_is_the_one_that_keeps_least_of_dense() -> None:
     assert (name, interval.value) == ("read", 0.5)
 
 
+def test_of_equally_kept_tasks_the_least_accurate_is_the_worst() -> None:
+    table = ScoreTable(["a", "b"] * 3, ["read", "read", "count", "count", "blind", "blind"])
+    dense = [1, 1, 1, 0, 0, 0]
+    name, interval = table.worst_task(dense, dense)
+    assert (name, interval.value) == ("count", 0.5)  # "blind" has nothing to keep
+
+
+def test_a_rare_task_has_an_interval_of_its_own_pictures() -> None:
+    images, tasks = [str(i) for i in range(40)], ["read"] * 38 + ["count"] * 2
+    table = ScoreTable(images, tasks)
+    scores = [1.0] * 39 + [0.0]
+    assert table.worst_task(scores, [1.0] * 40)[0] == "count"
+    for interval in (table.macro(scores), table.worst_task(scores, [1.0] * 40)[1]):
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+
+
 def test_a_latency_ratio_covers_the_true_one_most_of_the_time() -> None:
     rng = np.random.default_rng(2)
     covered = 0

@@ -77,12 +77,32 @@ def test_a_dataset_folder_reads_like_the_file(tmp_path: Path) -> None:
         (row(answer=""), "'answer' must be a non-empty text"),
         ({"image": "pictures/0.png", "question": "what?", "task": "attribute"}, "no 'answer'"),
         (row(image="data.jsonl"), "must be readable"),
+        (row(image="no\0name.png"), "must be readable"),
+        (row(task=["attribute"]), "unknown task"),
+        (row(question=["what?"]), "'question' must be a non-empty text"),
     ],
 )
 def test_a_bad_row_is_named_by_number(tmp_path: Path, bad: object, named: str) -> None:
     with pytest.raises(AutotuneError, match="row 2") as raised:
         data.load(write(tmp_path, [row(), bad]))
     assert named in str(raised.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(AutotuneError, match="UTF-8 JSONL"):
+        data.load(tmp_path / "data.jsonl")
+
+
+def test_a_task_that_a_split_would_lack_is_refused(tmp_path: Path) -> None:
+    rows = [row(n) for n in range(12)] + [row(3, task="counting", answer="two")]
+    with pytest.raises(AutotuneError, match=r"at least 2 pictures in each split, got . for 'counting'"):
+        data.split(data.load(write(tmp_path, rows)))
+
+
+def test_numbers_are_answers_too(tmp_path: Path) -> None:
+    (example,) = data.load(write(tmp_path, [row(answer=3, task="counting")]))
+    assert example.answer == "3"
 
 
 def test_too_few_pictures_to_split(tmp_path: Path) -> None:

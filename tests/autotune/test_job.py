@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from typer.testing import CliRunner
 
 from autotune import reference
@@ -168,12 +169,60 @@ def test_an_unreadable_model_folder(handed_in: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--device", "cuda:77"), "--device must be"),
+        (("--device", "abacus"), "--device must be"),
+        (("--registry", "foo://x"), "sqlite:///FILE or the http"),
+        (("--name", "a/b:c"), "--name must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(
+    handed_in: Path, tmp_path: Path, more: tuple[str, ...], named: str
+) -> None:
+    assert named in refused(*arguments(handed_in, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file(handed_in: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "--out must be a folder" in refused(*arguments(handed_in, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_truncated_weights(handed_in: Path, tmp_path: Path) -> None:
+    shutil.copytree(handed_in / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    text = refused(*arguments(handed_in, tmp_path / "out", "--model", str(tmp_path / "model")))
+    assert "--model must be a folder" in text
+
+
+def test_pulling_from_a_registry_that_is_not_there(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path / 'typo' / 'mlflow.db'}"
+    assert "must exist" in refused("pull", "models:/a@b", "--registry", address)
+    assert not (tmp_path / "typo").exists()
+
+
 def test_an_unsupported_architecture(handed_in: Path, tmp_path: Path) -> None:
     shutil.copytree(handed_in / "model", tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert", "architectures": ["BertModel"]}))
+    model = BlipForConditionalGeneration(
+        BlipConfig(
+            text_config=BlipTextConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=464
+            ).to_dict(),
+            vision_config=BlipVisionConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=320, patch_size=20
+            ).to_dict(),
+        )
+    )
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (tmp_path / "model" / name).unlink()
+    model.save_pretrained(tmp_path / "model")
     text = refused(*arguments(handed_in, tmp_path / "out", "--model", str(tmp_path / "model")))
-    assert "--model must be" in text or "LlavaForConditionalGeneration" in text
+    assert "the model must be one of LlavaForConditionalGeneration, got BlipForConditionalGeneration" in text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from PIL import Image
 
 from autotune import data, reference
 from autotune.certify import ScoreTable
-from autotune.evaluation import Evaluator, load_model
+from autotune.evaluation import Evaluator, EvaluatorPool, load_model
 from autotune.reference import questions, scenes
+from btp import presets
+from btp.errors import PlanError
 from btp.plan import Plan, Stage
 
 
@@ -86,6 +88,18 @@ def test_it_sees_and_is_lost_without_sight() -> None:
     assert np.mean(list(dense.values())) >= 0.85
     assert min(dense.values()) >= 0.7
     assert blind.value < 0.45
+
+
+def test_several_processes_answer_like_one() -> None:
+    examples = data.from_dataset(reference.dataset("calibrate"), "calibrate")[:48]
+    plan = presets.btp(8)
+    pool = EvaluatorPool(str(reference.WEIGHTS), {"few": examples}, 2)
+    pooled = pool(plan, "few")
+    assert pooled == Evaluator(*load_model(str(reference.WEIGHTS), "cpu"), examples)(plan)
+    bad = Plan(stages=(Stage(layer=99, keep=0.5),))
+    with pytest.raises(PlanError, match="below the model's 8 layers"):
+        pool(bad, "few")
+    assert pool(plan, "few") == pooled
 
 
 def test_the_card_speaks_of_these_weights() -> None:

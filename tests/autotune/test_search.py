@@ -76,7 +76,20 @@ def test_the_latency_model_recovers_a_line() -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"colour": [0, 1]}, "colour"), ({"budget": [1.0, 0.5]}, "must rise"), ({"shape": 3}, "must be [low, high]")],
+    [
+        ({"colour": [0, 1]}, "colour"),
+        ({"budget": [1.0, 0.5]}, "budget must be a rising [low, high]"),
+        ({"budget": [float("nan"), 1]}, "budget must be a rising [low, high]"),
+        ({"attention_weight": [0, 2]}, "within [0, 1], got [0, 2]"),
+        ({"oversample": [0.5, 2]}, "oversample must be"),
+        ({"first_layer": [20, 30]}, "first_layer must be"),
+        ({"shape": 3}, "shape must be a list of two numbers, got 3"),
+        ({"num_stages": [1.5, 2.5]}, "num_stages must be a list of two whole numbers"),
+        ({"selectors": "balanced"}, "selectors must be a list of selector names"),
+        ({"selectors": None}, "selectors must be a list of selector names"),
+        ({"selectors": []}, "got none"),
+        ({"selectors": ["magic"]}, "got ['magic']"),
+    ],
 )
 def test_a_broken_space_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
     path = tmp_path / "space.yaml"
@@ -89,6 +102,29 @@ def test_a_broken_space_is_refused(tmp_path: Path, change: dict[str, object], na
 def test_the_front_holds_what_nobody_feasible_beats() -> None:
     trials = [told(0, 0.5, 0.3), told(1, 0.4, 0.4), told(2, 0.8, 0.5), told(3, 0.9, 0.8)]
     assert [t.number for t in front(trials)] == [0, 2]
+
+
+def test_fresh_forgets_one_study_and_leaves_the_others(tmp_path: Path) -> None:
+    storage = tmp_path / "study.db"
+    Study.forget(storage, "one")  # nothing there yet
+    for name in ("one", "two"):
+        Study(storage, name, 0).note("limit", 0.5)
+    Study.forget(storage, "one")
+    assert Study(storage, "one", 0).notes == {}
+    assert Study(storage, "two", 0).notes == {"limit": 0.5}
+
+
+def test_any_seed_from_zero_up_can_ask(tmp_path: Path) -> None:
+    number, _, draw = Study(tmp_path / "study.db", "seeded", 2**40).ask(SearchSpace.load(SPACE))
+    assert number == 0
+    assert not isinstance(draw, Plan)
+
+
+def test_storage_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_text("my diary, with quite a few words in it")
+    with pytest.raises(AutotuneError, match="must be an SQLite database"):
+        Study(tmp_path / "study.db", "one", 0)
+    assert (tmp_path / "study.db").read_text().startswith("my diary")
 
 
 def replayed(plan: Plan) -> float:
