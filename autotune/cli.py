@@ -61,10 +61,21 @@ def demo(
     with _errors(debug):
         from autotune.reference import WEIGHTS
 
-        _run_job(
-            _config(str(WEIGHTS), None, limit, out, trials, seed, threads, workers, repeats, fresh, "reference-vlm"),
-            as_json,
+        config = JobConfig(
+            model=str(WEIGHTS),
+            data=None,
+            limit=Limit.parse(limit),
+            out=out,
+            name="reference-vlm",
+            num_trials=trials,
+            seed=seed,
+            space=_default_space(),
+            repeats=repeats,
+            threads=threads,
+            workers=workers or CORES,
+            fresh=fresh,
         )
+        _run_job(config, as_json)
 
 
 @app.command()
@@ -88,9 +99,21 @@ def tune(
 ) -> None:
     """Tune your own model on your own questions."""
     with _errors(debug):
-        name = name or Path(model).resolve().name
-        config = _config(
-            model, data, limit, out, trials, seed, threads, workers, repeats, fresh, name, space, device, registry
+        config = JobConfig(
+            model=model,
+            data=data,
+            limit=Limit.parse(limit),
+            out=out,
+            name=name or Path(model).resolve().name,
+            num_trials=trials,
+            seed=seed,
+            space=space or _default_space(),
+            repeats=repeats,
+            threads=threads,
+            workers=workers or (CORES if device == "cpu" else 1),
+            fresh=fresh,
+            tracking_uri=registry,
+            device=device,
         )
         _run_job(config, as_json)
 
@@ -150,40 +173,6 @@ def pull(
         if not (at and name and alias):
             raise AutotuneError(f"a reference reads models:/NAME@ALIAS, got {reference!r}")
         print(Registry(registry).pull(name, alias, to))
-
-
-def _config(
-    model: str,
-    data: Path | None,
-    limit: str,
-    out: Path,
-    trials: int,
-    seed: int,
-    threads: int,
-    workers: int,
-    repeats: int,
-    fresh: bool,
-    name: str,
-    space: Path | None = None,
-    device: str = "cpu",
-    registry: str | None = None,
-) -> JobConfig:
-    return JobConfig(
-        model=model,
-        data=data,
-        limit=Limit.parse(limit),
-        out=out,
-        name=name,
-        num_trials=trials,
-        seed=seed,
-        space=space or _default_space(),
-        repeats=repeats,
-        threads=threads,
-        workers=workers or (CORES if device == "cpu" else 1),
-        fresh=fresh,
-        tracking_uri=registry,
-        device=device,
-    )
 
 
 def _default_space() -> Path:
@@ -257,11 +246,9 @@ def _interval(interval: Any, sign: str = "") -> str:
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
     """One line and exit code 2 for what a user can mend; the traceback only on request."""
-    from autotune.registry import RegistryError
-
     try:
         yield
-    except (AutotuneError, BTPError, RegistryError) as error:
+    except (AutotuneError, BTPError) as error:
         if debug:
             raise
         stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

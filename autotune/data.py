@@ -52,9 +52,9 @@ def from_dataset(rows: Iterable[Mapping[str, Any]], where: str) -> list[Example]
     return _examples(enumerate(rows, start=1), Path(where))
 
 
-def split(examples: Sequence[Example], seed: int = 0) -> dict[str, list[Example]]:
+def split(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Calibrate, select and certify sets of whole pictures, 10, 30 and 60 % of them, by hash: order is no matter."""
-    by_hash = {hashlib.sha256(f"{seed}:{e.image_id}".encode()).digest(): e.image_id for e in examples}
+    by_hash = {hashlib.sha256(f"split:{e.image_id}".encode()).digest(): e.image_id for e in examples}
     images = [by_hash[key] for key in sorted(by_hash)]
     if len(images) < 10:
         raise AutotuneError(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import SequenceMatcher
 
-from autotune.config import AutotuneError
-
-__all__ = ["SCORERS", "score"]
+__all__ = ["SCORERS"]
 
 
 def exact(answer: str, reference: str) -> float:
@@ -42,10 +40,3 @@ SCORERS: dict[str, Callable[[str, str], float]] = {
     "exact": exact,
 }
 """Scorer of each known task; `exact` is for questions of any other kind."""
-
-
-def score(task: str, answer: str, reference: str) -> float:
-    if task not in SCORERS:
-        known = ", ".join(SCORERS)
-        raise AutotuneError(f"a task must be one of {known}, got {task!r}; use 'exact' for other questions")
-    return SCORERS[task](answer, reference)

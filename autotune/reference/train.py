@@ -16,200 +16,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import LlavaProcessor
 
-from autotune.reference import questions, scenes
+from autotune.reference import scenes
+from autotune.reference.architecture import build_model
+from autotune.reference.batches import Questions, SharedPrefix, labels_of, pixels_of, questions_of
 from autotune.reference.tokenizer import build_processor, word_ids
 
 STAGES = ("vision", "language", "align", "joint")
-SHORT, LONG = 18, 34  # room for question and answer: captions are long, everything else is short
-SHORT_TASKS = ("existence", "attribute", "counting", "spatial", "reading")
-
-
-def build_model(processor: LlavaProcessor) -> Any:
-    """An untrained LLaVA: a CLIP-style ViT (4 x 128) and a Llama decoder (8 x 192) with tied embeddings."""
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=scenes.IMAGE_SIZE,
-        patch_size=scenes.PATCH_SIZE,
-    )
-    tokenizer = processor.tokenizer
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        max_position_embeddings=1024,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e6,
-        },  # slow rotations: content can match across the image
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=scenes.NUM_PATCHES**2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    model = LlavaForConditionalGeneration(config)
-    _initialise(model)
-    return model
-
-
-def _initialise(model: Any) -> None:
-    """Starts that save steps: whitened patch filters, 2-D sine positions, lookup heads in the decoder."""
-    embeddings = model.model.vision_tower.embeddings
-    with torch.no_grad():
-        embeddings.patch_embedding.weight.copy_(_whitening(embeddings.patch_embedding.weight))
-        embeddings.position_embedding.weight[1:] = 0.5 * _sine_positions(embeddings.position_embedding.weight.shape[1])
-        for layer in model.model.language_model.layers:
-            _match_and_copy(layer.self_attn)
-        model.get_input_embeddings().weight.normal_(std=0.07)
-
-
-def _match_and_copy(attention: Any, num_slow: int = 10) -> None:
-    """Half of the heads start as lookups: attend to tokens like this one, wherever they are, and add what they hold.
-
-    Queries equal keys on the slowest `num_slow` rotary frequencies and vanish on the others, so distance does not
-    matter; the output matrix starts as a tenth of the transpose of the value matrix. After "mimetic initialization"
-    (Trockman and Kolter 2023, arXiv 2305.09828), made insensitive to position.
-    """
-    width, dim = attention.o_proj.weight.shape[0], attention.head_dim
-    for head in range(attention.o_proj.weight.shape[1] // dim // 2):
-        rows = slice(head * dim, (head + 1) * dim)
-        match = torch.randn(dim, width) * 0.08
-        match.unflatten(0, (2, dim // 2))[:, : dim // 2 - num_slow] = 0
-        attention.q_proj.weight[rows] = match
-        attention.k_proj.weight[rows] = match
-        attention.v_proj.weight[rows] = torch.randn(dim, width) / math.sqrt(width)
-        attention.o_proj.weight[:, rows] = 0.1 * attention.v_proj.weight[rows].T
-
-
-def _whitening(like: Tensor) -> Tensor:
-    """Principal components of picture patches scaled to unit variance, as patch filters (D, 3, 20, 20)."""
-    rng = np.random.default_rng(0)
-    pixels = pixels_of([scenes.sample(rng) for _ in range(100)])
-    patches = F.unfold(pixels, scenes.PATCH_SIZE, stride=scenes.PATCH_SIZE).transpose(1, 2).flatten(0, 1)
-    busy = patches[patches.std(1) > patches.std(1).quantile(0.7)]
-    _, spread, directions = torch.linalg.svd(busy - busy.mean(0), full_matrices=False)
-    scale = math.sqrt(len(busy)) / (spread + 0.03 * spread[0])
-    filters: Tensor = (scale[:, None] * directions)[: len(like)].reshape(like.shape) * 0.5
-    return filters
-
-
-def _sine_positions(width: int) -> Tensor:
-    quarter = width // 4
-    angle = torch.arange(scenes.NUM_PATCHES)[:, None] / 100 ** (torch.arange(quarter) / quarter)
-    wave = torch.cat((angle.sin(), angle.cos()), 1)
-    rows = wave[:, None].expand(-1, scenes.NUM_PATCHES, -1)
-    return torch.cat((rows, rows.transpose(0, 1)), -1).flatten(0, 1)
-
-
-def pixels_of(batch: list[scenes.Scene]) -> Tensor:
-    """(B, 3, H, W) as the processor's CLIP statistics make them."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    images = torch.from_numpy(np.stack([np.asarray(scenes.draw(scene)) for scene in batch])).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (images / 255 - mean) / std
-
-
-def labels_of(batch: list[scenes.Scene]) -> dict[str, Tensor]:
-    """Per label group (B, N) word indices."""
-    each = [scenes.patch_labels(scene) for scene in batch]
-    return {name: torch.from_numpy(np.stack([labels[name].reshape(-1) for labels in each])) for name in scenes.LABELS}
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Token ids and targets (-100 where not trained) of `num` questions a picture, padded to `length`."""
-
-    ids_BT: Tensor
-    targets_BT: Tensor
-    num: int
-    length: int
-
-
-def questions_of(
-    batch: list[scenes.Scene], rng: np.random.Generator, tokenizer: Any, num_short: int, num_long: int
-) -> list[Questions]:
-    blocks = []
-    for num, length, tasks in ((num_short, SHORT, SHORT_TASKS), (num_long, LONG, ("caption",))):
-        ids = torch.full((len(batch), num, length), tokenizer.pad_token_id)
-        targets = torch.full((len(batch), num, length), -100)
-        for b, scene in enumerate(batch):
-            for q in range(num):
-                asked = None
-                while asked is None:
-                    asked = questions.ask(scene, tasks[int(rng.integers(len(tasks)))], rng)
-                prompt = tokenizer.encode(f"\n{asked.question} ASSISTANT:", add_special_tokens=False)
-                answer = [*tokenizer.encode(f" {asked.answer}", add_special_tokens=False), tokenizer.eos_token_id]
-                stop = len(prompt) + len(answer)
-                ids[b, q, :stop] = torch.tensor(prompt + answer)
-                targets[b, q, len(prompt) - 1 : stop - 1] = torch.tensor(answer)
-        blocks.append(Questions(ids.flatten(1), targets.flatten(1), num, length))
-    return blocks
-
-
-class SharedPrefix:
-    """Attention in which every question sees the prefix and its own past only, as an interface of transformers."""
-
-    def __init__(self) -> None:
-        self.prefix, self.blocks = 0, [(0, 0)]
-        ALL_ATTENTION_FUNCTIONS.register("shared_prefix", self)
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-        P = self.prefix
-        q = q * q.shape[-1] ** -0.5
-        k_P, v_P = k[:, :, :P], v[:, :, :P]
-        outs = [_masked_softmax(q[:, :, :P] @ k_P.mT).to(v.dtype) @ v_P]
-        start = P
-        for num, length in self.blocks:
-            stop = start + num * length
-            own = [x[:, :, start:stop].unflatten(2, (num, length)) for x in (q, k, v)]
-            outs.append(self._block(own[0], own[1], own[2], k_P, v_P))
-            start = stop
-        return torch.cat(outs, 2).transpose(1, 2), None
-
-    @staticmethod
-    def _block(q: Tensor, k: Tensor, v: Tensor, k_P: Tensor, v_P: Tensor) -> Tensor:
-        """`num` questions of one length, (B, H, num, length, D) each, over the shared prefix (B, H, P, D)."""
-        num, length = q.shape[2:4]
-        past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        local = (q @ k.mT).masked_fill(~past, -torch.inf)
-        weights = (
-            torch.cat((q.flatten(2, 3) @ k_P.mT, local.flatten(2, 3)), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        )
-        weights_P, weights_own = weights.split((k_P.shape[2], length), -1)
-        out: Tensor = weights_P @ v_P + (weights_own.unflatten(2, (num, length)) @ v).flatten(2, 3)
-        return out
-
-
-def _masked_softmax(scores: Tensor) -> Tensor:
-    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~past, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
 class Trainer:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from autotune import data
 from autotune.config import AutotuneError, Limit
-from autotune.tasks import score
+from autotune.tasks import SCORERS
 
 
 def write(folder: Path, rows: list[object]) -> Path:
@@ -122,7 +122,7 @@ def test_too_few_pictures_to_split(tmp_path: Path) -> None:
     ],
 )
 def test_scores(task: str, answer: str, reference: str, expected: float) -> None:
-    assert score(task, answer, reference) == pytest.approx(expected)
+    assert SCORERS[task](answer, reference) == pytest.approx(expected)
 
 
 def test_limits_read_as_written() -> None:

@@ -133,7 +133,7 @@ def test_training_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_pictures_reach_the_model_as_training_showed_them() -> None:
-    from autotune.reference.train import pixels_of
+    from autotune.reference.batches import pixels_of
 
     scene = scenes.sample(np.random.default_rng(0))
     _, processor = reference.load()
