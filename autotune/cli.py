@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from autotune.config import AutotuneError, JobConfig, Limit
 from btp.errors import BTPError
@@ -193,15 +193,16 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
     from autotune import job
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("best {task.fields[best]}"),
+        TextColumn("{task.description}", table_column=Column(width=30, no_wrap=True)),
+        BarColumn(bar_width=12),
+        TextColumn("{task.fields[told]}"),
     )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr) as bar:
-        line = bar.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, best="-")
+        line = bar.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
 
-        def show(what: str, done: int, best: float | None) -> None:
-            bar.update(line, description=what, completed=done, best="-" if best is None else f"{best:.3f}")
+        def show(what: str, num_told: int, steps: int, best: float | None) -> None:
+            told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
+            bar.update(line, description=what, completed=steps, told=told)
 
         outcome = job.run(config, _splits(config.data), show)
     if as_json:

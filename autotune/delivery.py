@@ -104,7 +104,7 @@ def deliver(
     profile = Profile.load(pulled)
     profile.check_fits(bench.anatomy.identity)
     again = bench.scores_anew(profile.plan, "select")
-    say("measuring the pulled profile in a fresh process")
+    say("measuring in a fresh process")
     fresh = _fresh_ratio(config, pulled)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations", *local)

@@ -26,8 +26,8 @@ from btp.plan import Plan, Stage
 
 __all__ = ["MIN_TRIALS", "STEPS_AFTER", "Progress", "run"]
 
-Progress = Callable[[str, int, float | None], None]
-"""Told of every step: what is going on, steps done, best feasible score so far."""
+Progress = Callable[[str, int, int, float | None], None]
+"""Told of every step: what is going on, trials done, steps done, best feasible score so far."""
 STEPS_AFTER = 22  # what is said between the last trial and the end, for the time left
 
 DENSE = Plan(stages=())
@@ -41,10 +41,10 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
     """Tune `config.model` on the splits. Raises AutotuneError, BTPError or RegistryError for what a user can mend."""
     began = time.monotonic()
     space = SearchSpace.load(config.space)
-    progress("loading the model", 0, None)
+    progress("loading the model", 0, 0, None)
     check_out(config)
     bench = Bench(config, splits)
-    progress("measuring dense and the fastest plan", 0, None)
+    progress("measuring dense", 0, 0, None)
     floor, limit = _feasible_limit(bench, config)
     name = _study_name(bench, config, space)
     if config.fresh:  # only this study and its scores; the registry keeps its history
@@ -68,7 +68,7 @@ class _Reporter:
         told = self._study.told()
         self._after += len(told) >= self._num_trials
         best = max((t.score for t in told if t.feasible), default=None)
-        self._progress(f"{what} ({len(told)} trials)", min(len(told), self._num_trials) + self._after, best)
+        self._progress(what, len(told), min(len(told), self._num_trials) + self._after, best)
 
 
 def _feasible_limit(bench: Bench, config: JobConfig) -> tuple[float, float]:
@@ -198,7 +198,7 @@ def _rivals(bench: Bench, study: Study, champion: Told, say: Callable[[str], Non
     told = {t.name: t for t in study.told()}
     rivals = {name: told[name].plan for name in ("hand-set", "hand-set at limit")}
     for name, control in CONTROLS.items():
-        say(f"scoring {name} on the champion's schedule")
+        say(f"scoring {name}, tuned schedule")
         own = control(champion.plan)
         rivals[name] = own if bench.macro(own, "select")[0] > told[name].score else told[name].plan
     return rivals
