@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from autotune.config import AutotuneError, JobConfig, Limit
+from autotune.config import MIN_TRIALS, AutotuneError, JobConfig, Limit
 from btp.errors import BTPError
 
 app = typer.Typer(
@@ -30,7 +30,9 @@ LimitOption = Annotated[
     str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for the study, the registry and everything written.")]
-TrialsOption = Annotated[int, typer.Option("--trials", min=6, help="Finished trials to reach, earlier ones counted.")]
+TrialsOption = Annotated[
+    int, typer.Option("--trials", min=MIN_TRIALS, help="Finished trials to reach, earlier ones counted.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the search.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads a latency is measured with.")]
 WorkersOption = Annotated[

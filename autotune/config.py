@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["AutotuneError", "JobConfig", "Limit", "check_sqlite"]
+__all__ = ["MIN_TRIALS", "AutotuneError", "JobConfig", "Limit", "check_sqlite"]
+
+MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
 
 class AutotuneError(Exception):

@@ -24,7 +24,7 @@ from btp import presets
 from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["MIN_TRIALS", "STEPS_AFTER", "Progress", "run"]
+__all__ = ["STEPS_AFTER", "Progress", "run"]
 
 Progress = Callable[[str, int, int, float | None], None]
 """Told of every step: what is going on, trials done, steps done, best feasible score so far."""
@@ -33,7 +33,6 @@ STEPS_AFTER = 22  # what is said between the last trial and the end, for the tim
 DENSE = Plan(stages=())
 FASTEST = Plan(stages=(Stage(layer=0, keep=0.0, selector="uniform"),))
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
-MIN_TRIALS = 6  # the fixed plans, and one draw
 HEADROOM = 0.95  # of the limit, for the fixed plans that are scaled to it
 
 
