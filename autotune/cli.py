@@ -251,6 +251,9 @@ def _errors(debug: bool) -> Iterator[None]:
     """One line and exit code 2 for what a user can mend; the traceback only on request."""
     try:
         yield
+    except KeyboardInterrupt:
+        stderr.print("interrupted; what is finished is kept: run the same command again to resume", style="red")
+        raise typer.Exit(130) from None
     except (AutotuneError, BTPError) as error:
         if debug:
             raise

@@ -54,6 +54,7 @@ class Outcome:
     study: str
     limit: str
     num_trials: int
+    champion: str
     rows: tuple[Row, ...]
     tuned_minus: Mapping[str, Interval]
     version: str
@@ -93,11 +94,14 @@ def deliver(
     say: Callable[[str], None],
     began: float,
 ) -> Outcome:
-    """Register the champion with its evidence, pull it by alias, apply it, and measure it in a fresh process."""
+    """Register the champion with its evidence, pull it by alias, apply it, and measure it in a fresh process.
+
+    It is a candidate until it has done there what the study said; only then does the champion's alias move to it.
+    """
     say("registering")
     _write(config, bench, study, champion, rows, minus)
     registry = _registry(config)
-    alias = f"champion-{bench.key.slug}"
+    alias = f"candidate-{bench.key.slug}"
     version = _register(config, bench, study, registry, alias, {row.name: row for row in rows})
     pulled = registry.pull(config.name, alias, config.out / "pulled.json")
     say("applying the pulled profile")
@@ -105,20 +109,25 @@ def deliver(
     profile.check_fits(bench.anatomy.identity)
     again = bench.scores_anew(profile.plan, "select")
     say("measuring in a fresh process")
-    fresh = _fresh_ratio(config, pulled)
+    fresh, met = _fresh_ratio(config, pulled)
+    reproduced = bench.table("select").by_task(again.scores) == dict(champion.by_task)
+    if met and reproduced:
+        alias = f"champion-{bench.key.slug}"
+        registry.point(config.name, alias, version)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations", *local)
     return Outcome(
         study=study.name,
         limit=str(config.limit),
         num_trials=study.num_done,
+        champion=champion.name,
         rows=tuple(rows),
         tuned_minus=minus,
         version=version.uri,
         alias=f"models:/{config.name}@{alias}",
         fresh_ratio=fresh,
-        met=fresh.value <= champion.limit,
-        reproduced=bench.table("select").by_task(again.scores) == dict(champion.by_task),
+        met=met,
+        reproduced=reproduced,
         paths={name: str(config.out / name) for name in names},
         seconds=time.monotonic() - began,
     )
@@ -180,8 +189,8 @@ def _register(
     )
 
 
-def _fresh_ratio(config: JobConfig, profile: Path) -> Interval:
-    """Measure the pulled profile in a process of its own, by the command a user would type."""
+def _fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool]:
+    """The pulled profile's ratio in a process of its own, by the command a user would type, and its verdict."""
     command = [sys.executable, "-m", "autotune.cli", "measure", str(profile), "--model", config.model, "--json"]
     command += ["--limit", str(config.limit), "--repeats", str(3 * config.repeats)]
     command += ["--threads", str(config.threads), "--device", config.device]
@@ -190,4 +199,5 @@ def _fresh_ratio(config: JobConfig, profile: Path) -> Interval:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.stdout:
         raise AutotuneError(f"measuring {profile} in a fresh process must succeed, got: {done.stderr.strip()}")
-    return Interval(**json.loads(done.stdout)["ratio"])
+    found = json.loads(done.stdout)
+    return Interval(**found["ratio"]), bool(found["met"])

@@ -46,6 +46,8 @@ def load_model(source: str, device: str) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         reason = _first_line(error)
         raise AutotuneError(f"--device must be one that torch can use here, got {device!r}: {reason}") from error
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise AutotuneError(f"--model must be a folder that is there, or a hub id, got {source}, which is no folder")
     try:
         processor = AutoProcessor.from_pretrained(source)
         model: Any = AutoModelForImageTextToText.from_pretrained(

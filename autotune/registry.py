@@ -135,6 +135,11 @@ class Registry:
             undo.pop_all()
         return _version(created, (alias,))
 
+    def point(self, name: str, alias: str, version: Version) -> None:
+        """Move `alias` to a version that is registered already."""
+        with self._reported(f"point {name}@{alias} to version {version.version}"):
+            self._client.set_registered_model_alias(name, alias, str(version.version))
+
     def pull(self, name: str, alias: str, destination: Path) -> Path:
         """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).
 

@@ -1,7 +1,7 @@
 """Balanced token pruning: make a vision-language model faster by dropping image tokens inside the forward pass.
 
-    plan = btp.Plan.load("profile.json")
-    with btp.prune(model, plan) as trace:
+    profile = btp.Profile.load("profile.json")
+    with btp.prune(model, profile) as trace:
         model.generate(**inputs)
 
 Importing this package imports neither torch nor transformers; a name loads what it needs when it is first used.

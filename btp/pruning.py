@@ -18,6 +18,7 @@ from btp.decode import Decode, attach_layout, layout_of
 from btp.errors import PlanError, RealizationError
 from btp.plan import Plan
 from btp.prefill import Prefill, Trace
+from btp.profile import Profile
 from btp.selection import SELECTORS
 
 __all__ = ["Trace", "prune"]
@@ -26,8 +27,10 @@ _PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models inside a `with
 
 
 @contextmanager
-def prune(model: nn.Module, plan: Plan) -> Iterator[Trace]:
+def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
     """Run `model` by `plan` inside the `with`; the trace tells what the latest prefill kept.
+
+    A profile is applied only to a model of the identity it was made for (ProfileError otherwise); a bare plan to any.
 
     The logits of a pruned prefill cover the surviving tokens only, in order; the last one is the last prompt token's,
     so `generate` and `logits_to_keep=1` work as ever. Decode inside the same `with`, on the cache the prefill
@@ -37,6 +40,9 @@ def prune(model: nn.Module, plan: Plan) -> Iterator[Trace]:
     cannot be pruned (labels, static caches, unequal image counts in a batch) or did not do what the plan says.
     """
     anatomy = anatomy_of(model)
+    if isinstance(plan, Profile):
+        plan.check_fits(anatomy.identity)
+        plan = plan.plan
     _check_plan(plan, anatomy)
     if anatomy.multimodal in _PRUNED:
         raise RealizationError("a model must be under one plan at a time, got a second prune(); leave the first `with`")
@@ -51,7 +57,9 @@ def prune(model: nn.Module, plan: Plan) -> Iterator[Trace]:
 
 def _check_plan(plan: Plan, anatomy: Anatomy) -> None:
     if not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a btp.Plan, got {type(plan).__name__}; Plan.load reads plan and profile files")
+        raise PlanError(
+            f"plan must be a btp.Plan or a btp.Profile, got {type(plan).__name__}; load a file with either's load"
+        )
     for stage in plan.stages:
         if stage.layer >= len(anatomy.layers):
             raise PlanError(

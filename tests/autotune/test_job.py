@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from typer.testing import CliRunner
 
+import btp
 from autotune import reference
 from autotune.cli import app
 from autotune.registry import Registry
+from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
 
@@ -189,6 +192,21 @@ def test_an_out_that_is_a_file(handed_in: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     assert "--out must be a folder" in refused(*arguments(handed_in, tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_model_folder_that_is_not_there(handed_in: Path, tmp_path: Path) -> None:
+    text = refused(*arguments(handed_in, tmp_path / "out", "--model", str(tmp_path / "nowhere")))
+    assert "which is no folder" in text
+
+
+def test_a_profile_is_refused_by_a_model_of_other_sizes(finished: tuple[Path, dict[str, Any]]) -> None:
+    profile = Profile.load(finished[0] / "profile.json")
+    model, _ = reference.load()
+    with btp.prune(model, profile):
+        pass
+    other = replace(profile, model=replace(profile.model, num_layers=12))
+    with pytest.raises(ProfileError, match="num_layers 12, got 8"), btp.prune(model, other):
+        pass
 
 
 def test_truncated_weights(handed_in: Path, tmp_path: Path) -> None:
