@@ -245,7 +245,10 @@ class TestRefusals:
             pass
 
     def test_no_plan(self, llava):
-        with pytest.raises(PlanError, match=r"must be a btp\.Plan, got str"), prune(llava(), "profile.json"):
+        with (
+            pytest.raises(PlanError, match=r"must be a btp\.Plan or a btp\.Profile, got str"),
+            prune(llava(), "profile.json"),
+        ):
             pass
 
     def test_other_models(self):
