@@ -29,8 +29,13 @@ class Stage:
 
     keep: fraction in [0, 1] of the original count, not of the survivors; 0 drops them all.
     selector: a name in `btp.selection.SELECTORS`, checked when the plan is applied.
-    attention_weight: the paper's lambda as a split of the count: 1 is all attention, 0 is all diversity.
+    attention_weight: the paper's lambda: 1 is all attention, 0 is all diversity. What lies between is the selector's:
+    "joint" weighs the two terms of the paper's objective by it, "balanced" splits the count by it.
     oversample: attention candidates per slot before position re-balancing (the paper's k'/k), at least 1.
+    attention: which head mean ranks the tokens, that of the "softmax" weights or that of the raw "logits".
+    seeds: share of the kept tokens that are put in first, spread over the grid ("joint": BTP's spatial initialisation).
+    attention_below: carry the stage out only where the text's attention share on the image and the image's on the text
+    are both under this (ToDRE); None carries it out always.
     """
 
     layer: int
@@ -38,6 +43,9 @@ class Stage:
     selector: str = "balanced"
     attention_weight: float = 0.5
     oversample: float = 1.0
+    attention: Literal["softmax", "logits"] = "softmax"
+    seeds: float = 0.0
+    attention_below: float | None = None
 
     def __post_init__(self) -> None:
         if not str(self.selector).isidentifier():
@@ -46,6 +54,11 @@ class Stage:
         object.__setattr__(self, "keep", _number("keep", self.keep, 0.0, 1.0))
         object.__setattr__(self, "attention_weight", _number("attention_weight", self.attention_weight, 0.0, 1.0))
         object.__setattr__(self, "oversample", _number("oversample", self.oversample, 1.0, math.inf))
+        object.__setattr__(self, "seeds", _number("seeds", self.seeds, 0.0, 1.0))
+        if self.attention not in ("softmax", "logits"):
+            raise PlanError(f"attention must be 'softmax' or 'logits', got {self.attention!r}")
+        if self.attention_below is not None:
+            object.__setattr__(self, "attention_below", _number("attention_below", self.attention_below, 0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
