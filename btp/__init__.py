@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from btp import presets
-    from btp.anatomy import anatomy_of
-    from btp.calibration import cosine_shift, stage_layers
+    from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
     from btp.errors import BTPError, PlanError, ProfileError, RealizationError, UnsupportedModelError
+    from btp.families import anatomy_of
     from btp.latency import LatencyBlocks, device_key, measure
     from btp.plan import Plan, Stage
     from btp.prefill import Trace
     from btp.prefix import encode_images
     from btp.profile import DeviceKey, ModelIdentity, Profile, Workload
     from btp.pruning import prune
-    from btp.selection import SELECTORS, ImageTokens, Selector
+    from btp.selection import SELECTORS, Selector
+    from btp.tokens import ImageTokens
 
 __all__ = [
     "SELECTORS",
@@ -48,12 +49,13 @@ __all__ = [
     "presets",
     "prune",
     "stage_layers",
+    "withdrawal_layer",
 ]
 
 _HOME = {
     "BTPError": "errors",
     "DeviceKey": "profile",
-    "ImageTokens": "selection",
+    "ImageTokens": "tokens",
     "LatencyBlocks": "latency",
     "ModelIdentity": "profile",
     "Plan": "plan",
@@ -67,13 +69,14 @@ _HOME = {
     "Trace": "prefill",
     "UnsupportedModelError": "errors",
     "Workload": "profile",
-    "anatomy_of": "anatomy",
+    "anatomy_of": "families",
     "cosine_shift": "calibration",
     "device_key": "latency",
     "encode_images": "prefix",
     "measure": "latency",
     "prune": "pruning",
     "stage_layers": "calibration",
+    "withdrawal_layer": "calibration",
 }
 
 

@@ -1,20 +1,23 @@
-"""Where a model works on its image tokens: the calibration step of BTP (arXiv 2505.22038).
+"""Where to prune a model: BTP's calibration (arXiv 2505.22038) and VTW's layer search (arXiv 2405.05803).
 
-Shapes: B batch, S tokens, N image tokens, D hidden size.
+Shapes: B batch, S tokens, N image tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
-from btp.anatomy import anatomy_of
 from btp.errors import PlanError
+from btp.families import anatomy_of
+from btp.plan import Plan, Stage
+from btp.pruning import prune
 
-__all__ = ["cosine_shift", "stage_layers"]
+__all__ = ["cosine_shift", "stage_layers", "withdrawal_layer"]
 
 
 @torch.no_grad()
@@ -27,7 +30,7 @@ def cosine_shift(model: nn.Module, batches: Iterable[Mapping[str, Any]], tau: fl
     anatomy = anatomy_of(model)
     shifted = torch.zeros(len(anatomy.layers), dtype=torch.long, device=next(model.parameters()).device)
     for batch in batches:
-        image_mask_BS = anatomy.image_mask(batch["input_ids"])
+        image_mask_BS = anatomy.image_mask(batch)
         with ExitStack() as cleanup:
             for index, layer in enumerate(anatomy.layers):
                 count = partial(_count_shifted, shifted[index], image_mask_BS, tau)
@@ -53,6 +56,31 @@ def stage_layers(shifts: Sequence[int], num_stages: int) -> tuple[int, ...]:
     peaks = {i for i in candidates if padded[i] <= shifts[i] >= padded[i + 2]}
     by_height = sorted(candidates, key=lambda i: (i not in peaks, -shifts[i], i))
     return tuple(sorted(i + 1 for i in by_height[:num_stages]))
+
+
+@torch.no_grad()
+def withdrawal_layer(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_kl: float = 0.003) -> int | None:
+    """VTW's `findk`: the earliest layer before which all image tokens can go; None where there is none.
+
+    There, the Kullback-Leibler divergence (nats) of the next token's distribution from the dense model's, averaged over
+    the prompts, is at most max_kl. batches: model inputs, padded on the left if at all; the paper uses 20 samples.
+    Layer 0 is never tried: before it the model would be blind.
+    """
+    prompts = list(batches)
+    dense = [_next_token(model, batch) for batch in prompts]
+    num_prompts = sum(len(log_prob_BV) for log_prob_BV in dense)
+    for layer in range(1, len(anatomy_of(model).layers)):
+        with prune(model, Plan(stages=(Stage(layer=layer, keep=0.0),))):
+            blind = [_next_token(model, batch) for batch in prompts]
+        pairs = zip(blind, dense, strict=True)
+        if sum(float(kl_div(b, d, reduction="sum", log_target=True)) for b, d in pairs) <= max_kl * num_prompts:
+            return layer
+    return None
+
+
+def _next_token(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Log-probabilities of the token after each prompt. (B, V)"""
+    return cast(Tensor, model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(dim=-1))
 
 
 def _count_shifted(

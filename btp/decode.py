@@ -1,5 +1,6 @@
 """One forward of new tokens over a pruned cache: each layer's mask and positions, from that layer's own cache."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -37,46 +38,66 @@ def layout_of(cache: Any, num_layers: int) -> CacheLayout | None:
 class Decode:
     """Gives every layer the mask and the positions that fit its cache.
 
-    decoder_inputs: the keyword inputs of the language model for the new tokens, as if nothing had been dropped; the
-    object's own `decoder_inputs` is what the language model shall get instead.
+    prompt: the inputs of the multimodal module, if it was called. decoder_inputs: the keyword inputs of the language
+    model for the new tokens, as if nothing had been dropped; the object's own `decoder_inputs` is what the language
+    model shall get instead.
     """
 
-    def __init__(self, anatomy: Anatomy, layout: CacheLayout, decoder_inputs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        layout: CacheLayout,
+        prompt: Mapping[str, Any] | None,
+        decoder_inputs: dict[str, Any],
+    ) -> None:
         self._anatomy, self._layout = anatomy, layout
         cache, self._hidden_BQD = decoder_inputs["past_key_values"], decoder_inputs["inputs_embeds"]
         self._num_decoded = _num_decoded(cache, layout)
-        self._mask = self._checked_mask(decoder_inputs.get("attention_mask"))
-        self._position_ids = self._dense_positions(decoder_inputs.get("position_ids"))
-        self._inputs_by_depth: dict[int, dict[str, Any]] = {}
+        given = decoder_inputs if prompt is None else prompt
+        self._mask = self._checked_mask(given.get("attention_mask"))
+        self._position_ids = self._dense_positions(given.get("position_ids"), decoder_inputs.get("position_ids"))
+        self._inputs_by_kind: dict[tuple[int, int | None], dict[str, Any]] = {}
         # Without a mask the language model makes a trivial one; each layer's own replaces it below.
         self.decoder_inputs = {**decoder_inputs, "attention_mask": None, "position_ids": self._position_ids}
 
     def enter_layer(self, layer: int, hidden_BQD: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What decoder layer `layer` shall get in place of these hidden states and keyword inputs."""
-        depth = self._layout.depth_of_layer[layer]
-        if depth not in self._inputs_by_depth:
-            self._inputs_by_depth[depth] = self._inputs_at(depth)
-        return hidden_BQD, {**inputs, **self._inputs_by_depth[depth]}
+        kind = self._layout.depth_of_layer[layer], self._anatomy.window(layer)
+        if kind not in self._inputs_by_kind:
+            self._inputs_by_kind[kind] = self._inputs_at(layer, *kind)
+        return hidden_BQD, {**inputs, **self._inputs_by_kind[kind]}
 
-    def _inputs_at(self, depth: int) -> dict[str, Any]:
-        columns_BK = self._layout.columns[depth]
-        num_new = self._num_decoded + self._hidden_BQD.shape[1]
-        num_prompt = self._layout.prompt_length
-        num_cached = num_prompt if columns_BK is None else columns_BK.shape[1]
-        if columns_BK is not None and self._mask is not None:
-            new_T = torch.arange(num_prompt, num_prompt + num_new, device=columns_BK.device)
-            columns_BK = torch.cat((columns_BK, new_T.expand(len(columns_BK), -1)), dim=1)
+    def leave_layer(self, layer: int, hidden_BQD: Tensor) -> Tensor:
+        """The layer's output, unchanged: new tokens are text."""
+        return hidden_BQD
+
+    def _inputs_at(self, layer: int, depth: int, window: int | None) -> dict[str, Any]:
         kernel = self._anatomy.attention_kernel
-        mask = masks.decode_mask(self._mask, columns_BK, num_cached + num_new, self._hidden_BQD, kernel)
-        if not self._layout.reset or columns_BK is None:
+        columns_BK = self._columns(depth, window)
+        mask = masks.decode_mask(self._mask, columns_BK, self._hidden_BQD, kernel, window)
+        shift_B1 = self._layout.shifts[depth]
+        if shift_B1 is None:
             return {"attention_mask": mask}
-        position_ids = self._position_ids - (num_prompt - num_cached)
-        embeddings = self._anatomy.position_embeddings(self._hidden_BQD, position_ids)
-        return {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": position_ids}
+        position_ids = self._position_ids - shift_B1
+        embeddings = self._anatomy.position_embeddings(layer, self._hidden_BQD, position_ids)
+        text_ids = position_ids if position_ids.dim() == 2 else position_ids[0]
+        return {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": text_ids}
 
-    def _checked_mask(self, mask: Tensor | None) -> Tensor | None:
+    def _columns(self, depth: int, window: int | None) -> Tensor:
+        """The places in the unpruned sequence of the keys a layer will see. (B or 1, K)"""
+        num_prompt, num_new = self._layout.prompt_length, self._hidden_BQD.shape[1]
+        device = self._hidden_BQD.device
+        new_T = torch.arange(num_prompt, num_prompt + self._num_decoded + num_new, device=device)[None]
+        columns_BK = self._layout.columns[depth]
+        if columns_BK is None:
+            columns_BK = torch.arange(num_prompt, device=device)[None]
+        whole_BK = torch.cat((columns_BK, new_T.expand(len(columns_BK), -1)), dim=1)
+        # A sliding layer's cache holds its latest window - 1 tokens, and the new ones come on top.
+        return whole_BK if window is None else whole_BK[:, -(window - 1 + num_new) :]
+
+    def _checked_mask(self, mask: object) -> Tensor | None:
         """The caller's mask, or None when it hides nothing. Reads the device once a forward, as transformers does."""
-        if mask is None or (mask.dim() == 2 and bool(mask.all())):
+        if not isinstance(mask, Tensor) or (mask.dim() == 2 and bool(mask.all())):
             return None
         length = self._layout.prompt_length + self._num_decoded + self._hidden_BQD.shape[1]
         if mask.shape[-1] != length:
@@ -86,13 +107,21 @@ class Decode:
             )
         return mask
 
-    def _dense_positions(self, position_ids: Tensor | None) -> Tensor:
-        """Positions of the new tokens in the unpruned sequence: the cache is too short to count them from it."""
-        if position_ids is not None:
-            return position_ids
-        start = self._layout.prompt_length + self._num_decoded
+    def _dense_positions(self, given: Tensor | None, received: Tensor | None) -> Tensor:
+        """Positions of the new tokens in the unpruned sequence. (B or 1, Q), or (3 or 4, B, Q) with M-RoPE
+
+        What the caller gave holds. What the model worked out itself (M-RoPE) runs over the whole mask, or counts from
+        the first layer's cache, which may be shorter than the unpruned sequence.
+        """
         num_new = self._hidden_BQD.shape[1]
-        return torch.arange(start, start + num_new, device=self._hidden_BQD.device).unsqueeze(0)
+        if given is not None:
+            return given if received is None else received
+        if received is None:
+            start = self._layout.prompt_length + self._num_decoded
+            return torch.arange(start, start + num_new, device=self._hidden_BQD.device).unsqueeze(0)
+        if received.shape[-1] > num_new:
+            return received[..., -num_new:]
+        return received + self._layout.prompt_length - self._layout.num_cached(0)
 
 
 def _num_decoded(cache: Any, layout: CacheLayout) -> int:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from btp.anatomy import anatomy_of
 from btp.errors import PlanError
+from btp.families import anatomy_of
 from btp.plan import Plan
 from btp.profile import DeviceKey
 from btp.pruning import prune
@@ -118,7 +118,7 @@ def device_key(model: nn.Module, inputs: Mapping[str, Any]) -> DeviceKey:
         threads=0 if on_gpu else torch.get_num_threads(),
         batch_size=input_ids_BS.shape[0],
         prompt_tokens=input_ids_BS.shape[1],
-        image_tokens=int(anatomy.image_mask(input_ids_BS[:1]).sum()),
+        image_tokens=int(anatomy.image_mask({"input_ids": input_ids_BS[:1]}).sum()),
     )
 
 

@@ -2,23 +2,27 @@
 
 Layer by layer it decides who stays and slices everything the layer is given; this is the only place that does.
 
-Shapes: B batch, S tokens in the sequence as it stands, N image tokens alive, K kept, D hidden size.
+Shapes: B batch, S tokens of the whole prompt, L tokens in the sequence as it stands, N image tokens alive, K kept,
+D hidden size.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from btp import masks, ops
-from btp.anatomy import Anatomy
+from btp.anatomy import Anatomy, take_positions
 from btp.cost import tokens_per_layer
+from btp.encoding import Notes
 from btp.errors import RealizationError
 from btp.plan import Plan, Stage
-from btp.selection import SELECTORS, ImageTokens
+from btp.reading import Reading
+from btp.selection import SELECTORS
 
-__all__ = ["CacheLayout", "Prefill", "Trace"]
+__all__ = ["CacheLayout", "Prefill", "Promise", "Trace", "check_promises"]
 
 
 @dataclass(eq=False)
@@ -36,158 +40,242 @@ class Trace:
         """Surviving image tokens a layer, zeros included."""
         return tuple(alive_BK.shape[1] for alive_BK in self.alive)
 
+    @property
+    def dense(self) -> bool:
+        """True when the latest prefill dropped nothing: no image in the prompt, or no stage that removes any."""
+        return all(count == self.num_image_tokens for count in self.counts)
+
 
 @dataclass(frozen=True, eq=False)
 class CacheLayout:
     """What a pruned prefill left in the key-value cache. It rides on the cache object, so copies keep it.
 
     columns: by depth, the prompt positions (B, K) whose keys are there; depth 0 is before the first cut, all of them.
-    depth_of_layer: which depth each decoder layer is at. reset: positions were renumbered at each depth.
+    depth_of_layer: which depth each decoder layer is at. shifts: by depth, how much lower the positions of new tokens
+    are than in the unpruned sequence, (B, 1); None where positions were kept.
     """
 
     prompt_length: int
     columns: tuple[Tensor | None, ...]
     depth_of_layer: tuple[int, ...]
-    reset: bool
+    shifts: tuple[Tensor | None, ...]
 
     def num_cached(self, layer: int) -> int:
-        """Prompt tokens in the layer's cache."""
+        """Prompt tokens that went through the layer, and into its cache unless a sliding window dropped them."""
         columns_BK = self.columns[self.depth_of_layer[layer]]
         return self.prompt_length if columns_BK is None else columns_BK.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Promise:
+    """Whether a selector's indices are distinct, sorted and in range, as a boolean on the device."""
+
+    selector: str
+    kept: Tensor
+
+
+def check_promises(promises: list[Promise]) -> None:
+    """Raise RealizationError for a selector that broke its contract; forget the others. Reads the device."""
+    broken = [promise.selector for promise in promises if not bool(promise.kept)]
+    promises.clear()
+    if broken:
+        raise RealizationError(
+            f"a selector must return distinct, sorted indices of tokens that are there, but '{broken[0]}' returned "
+            "others; run btp.testing.SelectorContract on it"
+        )
+
+
 class Prefill:
-    """Carries out the plan on one prompt with images."""
+    """Carries out the plan on one prompt with images.
+
+    prompt: the inputs of the multimodal module. decoder_inputs: those of the language model; the object's own
+    `decoder_inputs` is what the language model shall get instead. notes: what is known of the encoded pictures.
+    """
 
     def __init__(
-        self, anatomy: Anatomy, plan: Plan, image_mask_BS: Tensor, padding_mask: Tensor | None, trace: Trace
+        self,
+        anatomy: Anatomy,
+        plan: Plan,
+        image_mask_BS: Tensor,
+        prompt: Mapping[str, Any],
+        decoder_inputs: dict[str, Any],
+        notes: Notes | None,
+        trace: Trace,
     ) -> None:
-        num_image_tokens = _equal_count(image_mask_BS)
-        tokens_per_row = anatomy.grid[1]
-        if num_image_tokens % (anatomy.grid[0] * tokens_per_row):
-            raise RealizationError(
-                f"image tokens must come in whole images of {anatomy.grid[0]} x {tokens_per_row}, got "
-                f"{num_image_tokens} a prompt; prepare the prompt with the model's own processor"
-            )
+        self._anatomy, self._plan, self.trace = anatomy, plan, trace
+        self._reading = Reading(anatomy, image_mask_BS, prompt, notes)
+        num_image_tokens = self._reading.num_image_tokens
         trace.alive, trace.num_image_tokens = [], num_image_tokens
-        self.trace = trace
-        self._anatomy, self._plan = anatomy, plan
-        self._grid = (num_image_tokens // tokens_per_row, tokens_per_row)
         self._cuts = _effective_cuts(plan, num_image_tokens)
         self._prompt_length = image_mask_BS.shape[1]
-        self._from_end = _last_token_from_end(padding_mask)
-        self._image_BN = ops.indices_of(image_mask_BS, num_image_tokens)
+        self._image_BN = self._reading.image_BN
         self._origin_BN = torch.arange(num_image_tokens, device=image_mask_BS.device).expand_as(self._image_BN)
         self._columns: list[Tensor | None] = [None]
+        self._shifts: list[Tensor | None] = [None]
         self._depth_of_layer: list[int] = []
-        self._layer_inputs: dict[str, Any] = {}
+        self._sliced: dict[str, dict[str, Any]] = {}
+        self._skipped: list[Stage] = []
+        self.promises: list[Promise] = []
+        self._positions = _Positions(anatomy, decoder_inputs, self._reading)
+        self._deepstack: Sequence[Tensor] = ()
+        self.decoder_inputs = decoder_inputs
+        if self._cuts and decoder_inputs.get("deepstack_visual_embeds") is not None:
+            # The decoder would add these at the places of the unpruned sequence; leave_layer adds them instead.
+            self._deepstack = decoder_inputs["deepstack_visual_embeds"]
+            self.decoder_inputs = {**decoder_inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
 
-    def enter_layer(self, layer: int, hidden_BSD: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def enter_layer(self, layer: int, hidden_BLD: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What decoder layer `layer` shall get in place of these hidden states and keyword inputs."""
-        inputs = {**inputs, **self._layer_inputs}
         if layer in self._cuts:
             stage, num_keep = self._cuts[layer]
-            kept_BK = self._cut(stage, num_keep, hidden_BSD, inputs)
-            self._layer_inputs = self._slice_inputs(inputs, kept_BK)
-            inputs = {**inputs, **self._layer_inputs}
-            hidden_BSD = ops.take_rows(hidden_BSD, kept_BK)
+            here = self._sliced_inputs(layer, inputs)
+            self._reading.enter(layer, hidden_BLD, here, self._image_BN, self._origin_BN)
+            if self._is_due(stage):
+                kept_BK = self._cut(stage, num_keep)
+                hidden_BLD = ops.take_rows(hidden_BLD, kept_BK)
+            else:
+                self._skipped.append(stage)
         self.trace.alive.append(self._origin_BN)
         self._depth_of_layer.append(len(self._columns) - 1)
-        return hidden_BSD, inputs
+        return hidden_BLD, self._sliced_inputs(layer, inputs)
+
+    def leave_layer(self, layer: int, hidden_BLD: Tensor) -> Tensor:
+        """The layer's output with the visual features added that the decoder would have added after it (DeepStack)."""
+        if layer >= len(self._deepstack):
+            return hidden_BLD
+        batch, _, size = hidden_BLD.shape
+        feature_BND = self._deepstack[layer].to(hidden_BLD.device, hidden_BLD.dtype).view(batch, -1, size)
+        index_BND = self._image_BN.unsqueeze(2).expand(-1, -1, size)
+        return hidden_BLD.scatter_add(1, index_BND, ops.take_rows(feature_BND, self._origin_BN))
 
     def layout(self) -> CacheLayout | None:
         """What the prefill leaves in the cache; None when nothing was dropped."""
-        if not self._cuts:
+        if len(self._columns) == 1:
             return None
-        return CacheLayout(
-            self._prompt_length, tuple(self._columns), tuple(self._depth_of_layer), self._plan.positions == "reset"
-        )
+        return CacheLayout(self._prompt_length, tuple(self._columns), tuple(self._depth_of_layer), tuple(self._shifts))
 
-    def verify(self, output_BSD: Tensor) -> None:
+    def verify(self, output_BLD: Tensor) -> None:
         """Raise RealizationError unless every layer ran with the plan's number of image tokens."""
         total = self.trace.num_image_tokens
-        planned = tokens_per_layer(self._plan, len(self._anatomy.layers), total)
+        carried_out = replace(self._plan, stages=tuple(s for s in self._plan.stages if s not in self._skipped))
+        planned = tokens_per_layer(carried_out, len(self._anatomy.layers), total)
         output_length = self._prompt_length - total + planned[-1]
-        if self.trace.counts != planned or output_BSD.shape[1] != output_length:
+        if self.trace.counts != planned or output_BLD.shape[1] != output_length:
             raise RealizationError(
                 f"the layers must see the plan's image tokens {planned} and end with {output_length} tokens, got "
-                f"{self.trace.counts} and {output_BSD.shape[1]}; another hook or a compiled layer bypasses pruning"
+                f"{self.trace.counts} and {output_BLD.shape[1]}; another hook or a compiled layer bypasses pruning"
             )
 
-    def _cut(self, stage: Stage, num_keep: int, hidden_BSD: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _is_due(self, stage: Stage) -> bool:
+        """Whether a conditional stage's condition holds, in every row. Reads the device, as any condition must."""
+        if stage.attention_below is None:
+            return True
+        return bool((self._reading.cross_attention_shares() < stage.attention_below).all())
+
+    def _cut(self, stage: Stage, num_keep: int) -> Tensor:
         """Decide who stays, note it down, and return the surviving places in the sequence as it stands. (B, K)"""
         with torch.no_grad():
-            selected_BK = self._select(stage, num_keep, hidden_BSD, inputs)
-        batch, length = hidden_BSD.shape[:2]
+            selected_BK = self._select(stage, num_keep)
+        batch, length = self._image_BN.shape[0], self._length()
         num_surviving = length - self._image_BN.shape[1] + num_keep
         image_BK = self._image_BN.gather(1, selected_BK)
-        survives_BS = torch.ones(batch, length, dtype=torch.bool, device=image_BK.device)
-        survives_BS.scatter_(1, self._image_BN, False).scatter_(1, image_BK, True)
-        kept_BK = ops.indices_of(survives_BS, num_surviving)
-        columns_BS = self._columns[-1]
-        self._columns.append(kept_BK if columns_BS is None else columns_BS.gather(1, kept_BK))
-        self._image_BN = (survives_BS.cumsum(dim=1) - 1).gather(1, image_BK)
+        survives_BL = torch.ones(batch, length, dtype=torch.bool, device=image_BK.device)
+        survives_BL.scatter_(1, self._image_BN, False).scatter_(1, image_BK, True)
+        kept_BK = ops.indices_of(survives_BL, num_surviving)
+        columns_BL = self._columns[-1]
+        self._columns.append(kept_BK if columns_BL is None else columns_BL.gather(1, kept_BK))
+        self._shifts.append(self._positions.shift(num_surviving) if self._plan.positions == "reset" else None)
+        self._image_BN = (survives_BL.cumsum(dim=1) - 1).gather(1, image_BK)
         self._origin_BN = self._origin_BN.gather(1, selected_BK)
+        self._sliced = {}
         return kept_BK
 
-    def _select(self, stage: Stage, num_keep: int, hidden_BSD: Tensor, inputs: dict[str, Any]) -> Tensor:
-        image_BN = self._image_BN
+    def _select(self, stage: Stage, num_keep: int) -> Tensor:
         if num_keep == 0:
-            return image_BN[:, :0]
-        tokens = ImageTokens(
-            origin_BN=self._origin_BN,
-            grid=self._grid,
-            read_hidden=lambda: ops.take_rows(hidden_BSD, image_BN),
-            read_attention=lambda: self._attention_row(stage.layer, hidden_BSD, inputs),
-        )
-        selected_BK = SELECTORS[stage.selector](tokens, num_keep, stage)
-        wanted = (image_BN.shape[0], num_keep)
+            return self._image_BN[:, :0]
+        selected_BK = SELECTORS[stage.selector](self._reading.image_tokens(), num_keep, stage)
+        wanted = (self._image_BN.shape[0], num_keep)
         if selected_BK.shape != wanted or selected_BK.dtype != torch.int64:
             raise RealizationError(
                 f"a selector must return int64 indices of shape {wanted}, got {selected_BK.dtype} "
                 f"{tuple(selected_BK.shape)} from '{stage.selector}'; run btp.testing.SelectorContract on it"
             )
+        distinct = (selected_BK.diff(dim=1) > 0).all()
+        inside = (selected_BK[:, 0] >= 0).all() & (selected_BK[:, -1] < self._image_BN.shape[1]).all()
+        self.promises.append(Promise(stage.selector, distinct & inside))
+        if selected_BK.device.type == "cpu":  # elsewhere the answer is asked for when it costs no wait
+            check_promises(self.promises)
         return selected_BK
 
-    def _attention_row(self, layer: int, hidden_BSD: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Head means of the last prompt token's attention to the image tokens: softmax and raw logits. 2 x (B, N)"""
-        batch, length = hidden_BSD.shape[:2]
-        last_B1 = torch.full((batch, 1), length - 1, device=hidden_BSD.device) - self._from_end
-        logits_BHS = self._anatomy.attention_logits(layer, hidden_BSD, inputs["position_embeddings"], last_B1)
-        bias_B1S = masks.key_bias(inputs.get("attention_mask"), last_B1)
-        seen_BHS = logits_BHS if bias_B1S is None else logits_BHS + bias_B1S
-        means_BS = seen_BHS.softmax(dim=-1).mean(dim=1), logits_BHS.mean(dim=1)
-        return means_BS[0].gather(1, self._image_BN), means_BS[1].gather(1, self._image_BN)
+    def _length(self) -> int:
+        columns_BL = self._columns[-1]
+        return self._prompt_length if columns_BL is None else columns_BL.shape[1]
 
-    def _slice_inputs(self, inputs: dict[str, Any], kept_BK: Tensor) -> dict[str, Any]:
-        """The layer inputs that run along the sequence, for the survivors.
+    def _sliced_inputs(self, layer: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The layer's inputs for the survivors, from those for the whole prompt that the decoder hands every layer.
 
-        Renumbered positions are the first K of the old ones, since pads come first. `position_ids` is always those:
-        layers use it only to find packed sequences, where a gap would read as a new sequence.
+        Layers of one kind (full or sliding) get the same ones, so each kind is sliced once a depth. `position_ids` is
+        always their first K: layers use it only to find packed sequences, where a gap would read as a new sequence.
         """
-        cosines, sines = inputs["position_embeddings"]
-        num_surviving = kept_BK.shape[1]
-        if self._plan.positions == "reset":
-            embeddings = cosines[:, :num_surviving], sines[:, :num_surviving]
-        else:
-            embeddings = ops.take_rows(cosines, kept_BK), ops.take_rows(sines, kept_BK)
-        position_ids = inputs.get("position_ids")
-        return {
-            "attention_mask": masks.take_square(inputs.get("attention_mask"), kept_BK),
-            "position_embeddings": embeddings,
-            "position_ids": None if position_ids is None else position_ids[:, :num_surviving],
-        }
+        columns_BK = self._columns[-1]
+        if columns_BK is None:
+            return inputs
+        kind = str(self._anatomy.window(layer))
+        if kind not in self._sliced:
+            position_ids = inputs.get("position_ids")
+            num_surviving = columns_BK.shape[1]
+            self._sliced[kind] = {
+                "attention_mask": masks.take_square(inputs.get("attention_mask"), columns_BK),
+                "position_embeddings": self._positions.embeddings(
+                    layer, inputs["position_embeddings"], columns_BK, reset=self._plan.positions == "reset"
+                ),
+                "position_ids": None if position_ids is None else position_ids[:, :num_surviving],
+            }
+        return {**inputs, **self._sliced[kind]}
 
 
-def _equal_count(image_mask_BS: Tensor) -> int:
-    """Image tokens a row. Reads the device once a prefill; nothing after it does."""
-    counts: list[int] = image_mask_BS.sum(dim=1).tolist()
-    if len(set(counts)) > 1:
-        raise RealizationError(
-            f"the rows of a batch must hold equally many image tokens, got {counts}; batch prompts with the same "
-            "number of images, or run them one by one"
-        )
-    return counts[0]
+class _Positions:
+    """The positions of a prompt's tokens, and of its survivors once they are renumbered.
+
+    Renumbered positions are the first K of the old ones, since pads come first; on three axes (M-RoPE), where the old
+    ones follow the picture, every real survivor counts up by one on all of them, as text does.
+    """
+
+    def __init__(self, anatomy: Anatomy, decoder_inputs: Mapping[str, Any], reading: Reading) -> None:
+        self._anatomy, self._reading = anatomy, reading
+        self._hidden_BSD = decoder_inputs["inputs_embeds"]
+        position_ids = decoder_inputs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(self._hidden_BSD.shape[1], device=self._hidden_BSD.device)[None]
+        self._axes = position_ids[-3:] if position_ids.dim() == 3 else position_ids[None]  # (1 or 3, B or 1, S)
+
+    def embeddings(
+        self, layer: int, whole: tuple[Tensor, Tensor], columns_BK: Tensor, *, reset: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of the survivors."""
+        if not reset:
+            return take_positions(whole[0], columns_BK), take_positions(whole[1], columns_BK)
+        num_surviving = columns_BK.shape[1]
+        if not self._anatomy.mrope:
+            return whole[0][:, :num_surviving], whole[1][:, :num_surviving]
+        position_ids = self._renumbered(num_surviving).expand(3, -1, -1)
+        return self._anatomy.position_embeddings(layer, self._hidden_BSD, position_ids)
+
+    def shift(self, num_surviving: int) -> Tensor:
+        """How much lower the position after the prompt is once it is renumbered. (B, 1)"""
+        from_end_B1 = self._reading.from_end_B1
+        length = self._axes.shape[2]
+        last_1B1 = (length - 1 - from_end_B1)[None].expand(len(self._axes), -1, -1)
+        old_B1 = self._axes.expand(-1, len(from_end_B1), -1).gather(2, last_1B1).amax(dim=0)
+        new_BK = self._renumbered(num_surviving)[0].expand(len(from_end_B1), -1)
+        return old_B1 - new_BK.gather(1, num_surviving - 1 - from_end_B1)
+
+    def _renumbered(self, num_surviving: int) -> Tensor:
+        """(1, B or 1, K)"""
+        if not self._anatomy.mrope:
+            return self._axes[:1, :, :num_surviving]
+        place_K = torch.arange(num_surviving, device=self._axes.device)
+        return (place_K - self._reading.num_left_pads_B1).clamp(min=0)[None]
 
 
 def _effective_cuts(plan: Plan, num_image_tokens: int) -> dict[int, tuple[Stage, int]]:
@@ -195,14 +283,12 @@ def _effective_cuts(plan: Plan, num_image_tokens: int) -> dict[int, tuple[Stage,
     cuts: dict[int, tuple[Stage, int]] = {}
     alive = num_image_tokens
     for stage, num_keep in zip(plan.stages, plan.num_kept(num_image_tokens), strict=True):
+        if num_keep == 0 < min(stage.keep, num_image_tokens):
+            raise RealizationError(
+                f"keep must leave at least one of the prompt's {num_image_tokens} image tokens, or be 0, got "
+                f"{stage.keep:g} before layer {stage.layer}, which rounds to none; raise it, or say 0 to drop them all"
+            )
         if num_keep < alive:
             cuts[stage.layer] = (stage, num_keep)
             alive = num_keep
     return cuts
-
-
-def _last_token_from_end(padding_mask: Tensor | None) -> Tensor | int:
-    """How many pads follow the last prompt token, (B, 1); 0 unless a row is padded on the right."""
-    if padding_mask is None or padding_mask.dim() != 2:
-        return 0
-    return padding_mask.flip(1).to(torch.uint8).argmax(dim=1, keepdim=True)

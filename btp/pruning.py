@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from btp.anatomy import Anatomy, anatomy_of
+from btp.anatomy import Anatomy
 from btp.decode import Decode, attach_layout, layout_of
+from btp.encoding import Notes, notes_of, noting
 from btp.errors import PlanError, RealizationError
+from btp.families import anatomy_of
 from btp.plan import Plan
-from btp.prefill import Prefill, Trace
+from btp.prefill import CacheLayout, Prefill, Promise, Trace, check_promises
 from btp.profile import Profile
 from btp.selection import SELECTORS
 
@@ -50,9 +52,12 @@ def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
     with ExitStack() as cleanup:
         _PRUNED.add(anatomy.multimodal)
         cleanup.callback(_PRUNED.discard, anatomy.multimodal)
-        for handle in _Hooks(anatomy, plan, trace).register():
+        hooks = _Hooks(anatomy, plan, trace)
+        cleanup.enter_context(noting(anatomy, hooks.notes))
+        for handle in hooks.register():
             cleanup.callback(handle.remove)
         yield trace
+        check_promises(hooks.promises)
 
 
 def _check_plan(plan: Plan, anatomy: Anatomy) -> None:
@@ -79,6 +84,8 @@ class _Hooks:
     def __init__(self, anatomy: Anatomy, plan: Plan, trace: Trace) -> None:
         self._anatomy, self._plan, self._trace = anatomy, plan, trace
         self._prompt: dict[str, Any] | None = None  # inputs of the multimodal module, until the decoder takes them
+        self.notes: list[Notes] = []  # of the pictures encoded since the prompt came in
+        self.promises: list[Promise] = []  # of selectors, not looked at yet
         self._forward: Prefill | Decode | None = None
         self._cache: object | None = None
 
@@ -91,6 +98,8 @@ class _Hooks:
         yield anatomy.language_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         for index, layer in enumerate(anatomy.layers):
             yield layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+            if anatomy.deepstack:
+                yield layer.register_forward_hook(partial(self._after_layer, index))
         yield anatomy.language_model.register_forward_hook(self._after_decoder)
 
     def _check_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,9 +113,15 @@ class _Hooks:
                 "logits_to_keep must be a count under prune(), got positions: they would point past dropped tokens; "
                 "pass a count, or pick positions from the surviving logits"
             )
+        if kwargs.get("pixel_values_videos") is not None:
+            raise RealizationError(
+                "a prompt under prune() must hold pictures only, got a video, whose tokens no plan speaks of; pass the "
+                "frames as pictures, or leave the `with`"
+            )
 
     def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forward = None
+        self.notes.clear()
         self._prompt = {"input_ids": args[0] if args else None, **kwargs}
 
     def _before_decoder(
@@ -121,34 +136,33 @@ class _Hooks:
             )
         if cache is None or cache.get_seq_length() == 0:
             self._forward = self._start_prefill(prompt, kwargs)
-            return None
-        layout = layout_of(cache, len(self._anatomy.layers))
-        if kwargs["inputs_embeds"].shape[1] > 1:
-            self._refuse_late_images(prompt)
-        if layout is None:
-            return None
-        self._forward = decode = Decode(self._anatomy, layout, kwargs)
-        return args, decode.decoder_inputs
+        elif (layout := self._continued(prompt, cache, kwargs)) is not None:
+            self._forward = Decode(self._anatomy, layout, prompt, kwargs)
+        return None if self._forward is None else (args, self._forward.decoder_inputs)
 
     def _start_prefill(self, prompt: dict[str, Any] | None, kwargs: dict[str, Any]) -> Prefill | None:
-        input_ids_BS = None if prompt is None else prompt.get("input_ids")
-        if input_ids_BS is None:
+        if prompt is None:
             raise RealizationError(
-                "a prefill under prune() must come through the whole model with input_ids, got embeddings only: the "
-                "image tokens cannot be told from them; call model(input_ids=..., pixel_values=...)"
+                "a prefill under prune() must come through the whole model, got a call of its language model alone: "
+                "the image tokens cannot be told; call model(input_ids=..., pixel_values=...)"
             )
+        check_promises(self.promises)
         self._trace.alive, self._trace.num_image_tokens = [], 0
-        image_mask_BS = self._anatomy.image_mask(input_ids_BS)
-        prefill = Prefill(self._anatomy, self._plan, image_mask_BS, kwargs.get("attention_mask"), self._trace)
+        image_mask_BS = self._anatomy.image_mask(prompt)
+        encoded = (prompt.get("mm_encoder_outputs") or {}).get("image")
+        notes = self.notes.pop() if self.notes else notes_of(encoded)
+        prefill = Prefill(self._anatomy, self._plan, image_mask_BS, prompt, kwargs, notes, self._trace)
         return prefill if self._trace.num_image_tokens else None
 
-    def _refuse_late_images(self, prompt: dict[str, Any] | None) -> None:
-        input_ids_BS = None if prompt is None else prompt.get("input_ids")
-        if input_ids_BS is not None and bool(self._anatomy.image_mask(input_ids_BS).any()):
+    def _continued(self, prompt: dict[str, Any] | None, cache: Any, kwargs: dict[str, Any]) -> CacheLayout | None:
+        """What a pruned prefill left in the filled cache that new tokens come on top of."""
+        told = prompt is not None and prompt.get("input_ids") is not None and kwargs["inputs_embeds"].shape[1] > 1
+        if prompt is not None and told and bool(self._anatomy.image_mask(prompt).any()):
             raise RealizationError(
                 "all image tokens must come in one prefill into an empty cache, got some on a filled one; "
                 "prefill the whole prompt at once, without prefill_chunk_size"
             )
+        return layout_of(cache, len(self._anatomy.layers))
 
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,10 +174,14 @@ class _Hooks:
         hidden, kwargs = self._forward.enter_layer(index, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
+    def _after_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if self._forward is None else self._forward.leave_layer(index, output)
+
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, cache, self._forward, self._cache = self._forward, self._cache, None, None
         if isinstance(forward, Prefill):
             forward.verify(output[0])
+            self.promises += forward.promises
             if cache is not None:
                 attach_layout(cache, forward.layout())
 

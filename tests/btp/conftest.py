@@ -1,4 +1,10 @@
-"""Tiny random LLaVA models and the naive reference: a dense run in which dropped tokens are masked, layer by layer."""
+"""Models shared by all tests, and the naive references.
+
+One is a dense run in which dropped tokens are masked, layer by layer; the other, attention that gets its mask as flash
+attention does.
+
+Shapes: B batch, H query heads, G key heads, Q queries, S keys, E head dimension.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,110 +15,62 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IMAGE_TOKEN = 63
-NUM_LAYERS = 4
+from btp import Plan, Trace, prune
+from tests.btp.families import FAMILIES, IMAGE_TOKEN, NUM_LAYERS, decoder_layers, llava_family
+
+__all__ = ["IMAGE_TOKEN", "NUM_LAYERS", "MaskedDense", "build_inputs", "build_llava", "hidden_columns"]
 
 
-def build_llava(kernel: str = "sdpa", side: int = 5, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Four decoder layers, 2 key heads for 4 query heads, side x side image tokens."""
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=4 * side,
-            patch_size=4,
-            projection_dim=16,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=NUM_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-            initializer_range=0.3,  # far from zero, so that attention and logits really differ between tokens
-        ),
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=side * side,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    config._attn_implementation = kernel
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id = 0
-    return model
+def build_llava(kernel: str = "sdpa", side: int = 5, seed: int = 0) -> Any:
+    """LLaVA with side x side image tokens."""
+    return llava_family(side).build(kernel, seed)
 
 
 def build_inputs(
     batch: int = 1, side: int = 5, padding: str = "none", seed: int = 0, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Prompts with text before and after one image; with padding, every row has another length."""
-    generator = torch.Generator().manual_seed(seed)
-    num_text_after = 6
-    rows, masks = [], []
-    for row in range(batch):
-        num_pads = 2 * row + 1 if padding != "none" else 0
-        text = torch.randint(2, 60, (4 + num_text_after + 2 * batch - num_pads,), generator=generator)
-        image = torch.full((side * side,), IMAGE_TOKEN)
-        prompt = torch.cat((torch.tensor([1]), text[:-num_text_after], image, text[-num_text_after:]))
-        pads = torch.zeros(num_pads, dtype=torch.long)
-        ones = torch.ones_like(prompt)
-        left = padding != "right"
-        rows.append(torch.cat((pads, prompt) if left else (prompt, pads)))
-        masks.append(torch.cat((pads, ones) if left else (ones, pads)))
-    inputs = {
-        "input_ids": torch.stack(rows),
-        "attention_mask": torch.stack(masks),
-        "pixel_values": torch.randn(batch, 3, 4 * side, 4 * side, generator=generator),
-    }
-    if padding == "none":
-        del inputs["attention_mask"]
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return llava_family(side).inputs(batch, padding, seed, device=device)
 
 
 @dataclass
 class MaskedDense:
     """Hides columns of the dense model from each layer on; hidden_by_layer[i] is (B, S) bool over the prompt."""
 
-    model: LlavaForConditionalGeneration
+    model: Any
     hidden_by_layer: Sequence[Tensor]
     handles: list[Any] = field(default_factory=list)
 
     def hide(self, index: int, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask, hidden_states = kwargs["attention_mask"], args[0]
+        mask, hidden_states = kwargs["attention_mask"], args[0] if args else kwargs["hidden_states"]
         batch, num_queries = hidden_states.shape[:2]
-        cache = kwargs.get("past_key_values")
-        num_cached = cache.get_seq_length(index) if cache is not None else 0
-        num_keys = num_cached + num_queries
+        cache, device = kwargs.get("past_key_values"), hidden_states.device
+        num_seen, num_keys = num_queries, num_queries
+        if cache is not None:
+            num_seen += cache.get_seq_length(index)
+            num_keys = cache.get_mask_sizes(num_queries, index)[0]  # a sliding layer forgets what left its window
+        own = torch.arange(num_keys - num_queries, num_keys, device=device)  # the column of each query
         if mask is None:
-            keys = torch.arange(num_keys, device=hidden_states.device)
-            visible = (keys <= keys[num_cached:, None])[None, None].expand(batch, 1, -1, -1)
+            visible = (torch.arange(num_keys, device=device) <= own[:, None])[None, None].expand(batch, 1, -1, -1)
         else:
+            assert mask.dim() == 4, "only eager and sdpa can hide columns from some queries"
+            assert mask.shape[-1] == num_keys
             visible = mask if mask.dtype == torch.bool else mask > -1
-        hidden = torch.zeros(batch, num_keys, dtype=torch.bool, device=hidden_states.device)
+        hidden = torch.zeros(batch, num_seen, dtype=torch.bool, device=device)
         prompt = self.hidden_by_layer[index]
         hidden[:, : prompt.shape[1]] = prompt
-        visible = visible & ~hidden[:, None, None, :]
+        visible = visible & ~hidden[:, None, None, num_seen - num_keys :]
         # a query that is hidden itself shall still see something; nobody sees what it computes
-        diagonal = torch.arange(num_queries, device=hidden.device)
-        visible = visible.clone()
-        visible[:, :, diagonal, num_cached + diagonal] = True
+        visible[:, :, own - own[0], own] = True
         floor = torch.finfo(hidden_states.dtype).min
-        bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=hidden.device).masked_fill(~visible, floor)
+        bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=device).masked_fill(~visible, floor)
         return args, {**kwargs, "attention_mask": bias}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        for index, layer in enumerate(self.model.model.language_model.layers):
+        for index, layer in enumerate(decoder_layers(self.model)):
             self.handles.append(layer.register_forward_pre_hook(partial(self.hide, index), with_kwargs=True))
         try:
             yield
@@ -134,12 +92,61 @@ def hidden_columns(input_ids: Tensor, alive: Sequence[Tensor]) -> list[Tensor]:
     return layers
 
 
-@pytest.fixture(scope="session")
-def llava() -> Callable[..., LlavaForConditionalGeneration]:
-    """One model for each (kernel, side, device), shared by all tests: pruning leaves no trace."""
-    built: dict[tuple[str, int, str], LlavaForConditionalGeneration] = {}
+def naive_flash_attention(
+    module: object,
+    query_BHQE: Tensor,
+    key_BGSE: Tensor,
+    value_BGSE: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What flash attention computes: causal up to the last key, pads by a (B, S) mask. Returns (B, Q, H, E), None."""
+    batch, num_heads, num_queries = query_BHQE.shape[:3]
+    num_keys = key_BGSE.shape[2]
+    assert attention_mask is None or attention_mask.shape == (batch, num_keys), "flash attention takes 2-D masks only"
+    groups = num_heads // key_BGSE.shape[1]
+    key_BHSE, value_BHSE = (states.repeat_interleave(groups, dim=1) for states in (key_BGSE, value_BGSE))
+    key_S = torch.arange(num_keys, device=query_BHQE.device)
+    query_Q1 = key_S[num_keys - num_queries :, None]
+    visible = (key_S <= query_Q1)[None, None]
+    if sliding_window is not None:
+        visible = visible & (key_S > query_Q1 - sliding_window)
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None, :]
+    logits_BHQS = (query_BHQE @ key_BHSE.mT) * scaling
+    weights_BHQS = logits_BHQS.masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num(0.0)  # pads see nothing
+    return (weights_BHQS @ value_BHSE).transpose(1, 2).contiguous(), None
 
-    def get(kernel: str = "sdpa", side: int = 5, device: str = "cpu") -> LlavaForConditionalGeneration:
+
+@pytest.fixture
+def flash_convention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, models built with "flash_attention_2" run, on any device, and any mask but theirs fails."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", naive_flash_attention)
+
+
+@pytest.fixture(scope="session")
+def family_model() -> Callable[..., Any]:
+    """One model for each (family, kernel, device), shared by all tests: pruning leaves no trace."""
+    built: dict[tuple[str, str, str], Any] = {}
+
+    def get(name: str, kernel: str = "sdpa", device: str = "cpu") -> Any:
+        key = (name, kernel, device)
+        if key not in built:
+            built[key] = FAMILIES[name].build(kernel).to(device)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llava() -> Callable[..., Any]:
+    """One model for each (kernel, side, device), shared by all tests: pruning leaves no trace."""
+    built: dict[tuple[str, int, str], Any] = {}
+
+    def get(kernel: str = "sdpa", side: int = 5, device: str = "cpu") -> Any:
         key = (kernel, side, device)
         if key not in built:
             built[key] = build_llava(kernel, side).to(device)
@@ -157,10 +164,37 @@ def inputs_for() -> Callable[..., dict[str, Tensor]]:
 def masked_dense() -> Callable[..., Any]:
     """masked_dense(model, input_ids, alive): a context in which the dense model hides what pruning dropped."""
 
-    def enter(model: LlavaForConditionalGeneration, input_ids: Tensor, alive: Sequence[Tensor]) -> Any:
+    def enter(model: Any, input_ids: Tensor, alive: Sequence[Tensor]) -> Any:
         return MaskedDense(model, hidden_columns(input_ids, alive)).active()
 
     return enter
+
+
+@pytest.fixture
+def assert_equals_masked_dense() -> Callable[..., Trace]:
+    """assert_equals(model, inputs, plan): pruned logits are those of the dense run with the dropped tokens masked.
+
+    Compared are the real tokens that survive, within 1e-4. dense: the model of the dense run, if it is another one;
+    input_ids: the prompt, where `inputs` has embeddings instead. Returns the trace of the pruned run.
+    """
+
+    def check(
+        model: Any, inputs: dict[str, Tensor], plan: Plan, *, dense: Any = None, input_ids: Tensor | None = None
+    ) -> Trace:
+        ids = inputs["input_ids"] if input_ids is None else input_ids
+        with torch.no_grad(), prune(model, plan) as trace:
+            pruned = model(**inputs).logits
+        hidden = hidden_columns(ids, trace.alive)
+        with torch.no_grad(), MaskedDense(dense or model, hidden).active():
+            whole = (dense or model)(**inputs).logits
+        real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        for row, survives in enumerate(~hidden[-1]):
+            assert pruned.shape[1] == survives.sum()
+            kept = pruned[row][real[row][survives]]
+            torch.testing.assert_close(kept, whole[row][survives & real[row]], rtol=1e-4, atol=1e-4)
+        return trace
+
+    return check
 
 
 @pytest.fixture

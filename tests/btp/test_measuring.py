@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from btp import Plan, PlanError, Stage, cosine_shift, device_key, encode_images, measure, prune, stage_layers
+from btp import (
+    Plan,
+    PlanError,
+    Stage,
+    cosine_shift,
+    device_key,
+    encode_images,
+    measure,
+    prune,
+    stage_layers,
+    withdrawal_layer,
+)
 from btp.latency import LatencyBlocks, percentile
 
 PLAN = Plan(stages=(Stage(layer=1, keep=0.5),))
@@ -34,6 +45,27 @@ def naive_shift(model, batches, tau):
             cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
             counts[i] += int((cosine < tau).sum())
     return counts
+
+
+def test_withdrawal_is_the_earliest_layer_close_enough_to_dense(llava, inputs_for):
+    model, batches = llava(), [inputs_for(2, padding="left"), inputs_for(1, seed=4)]
+    divergence = {layer: naive_divergence(model, batches, layer) for layer in (1, 2, 3)}
+    assert all(kl > 0 for kl in divergence.values())
+    for limit in (*divergence.values(), max(divergence.values()) * 2, min(divergence.values()) / 2):
+        near = [layer for layer, kl in divergence.items() if kl <= limit * (1 + 1e-4)]
+        assert withdrawal_layer(model, batches, limit * (1 + 1e-4)) == (near[0] if near else None)
+
+
+@torch.no_grad()
+def naive_divergence(model, batches, layer):
+    """Mean over prompts of sum p log(p / q), in float64 over the vocabulary, from the whole logits."""
+    divergences = []
+    for batch in batches:
+        dense = model(**batch).logits[:, -1].double().softmax(dim=-1)
+        with prune(model, Plan(stages=(Stage(layer=layer, keep=0.0),))):
+            blind = model(**batch).logits[:, -1].double().softmax(dim=-1)
+        divergences += [sum(p * (p / q).log() for p, q in zip(*row, strict=True)) for row in zip(dense, blind, strict=True)]
+    return float(sum(divergences) / len(divergences))
 
 
 @pytest.mark.parametrize(

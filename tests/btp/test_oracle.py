@@ -5,9 +5,16 @@ import copy
 import pytest
 import torch
 
-from btp import Plan, Stage, prune
+from btp import Plan, Stage, UnsupportedModelError, prune
 from btp.selection import SELECTORS
+from tests.btp.families import FAMILIES, IMAGE_TOKEN, WINDOW
 
+FLASH = "flash_attention_2"
+KERNELS = ("eager", "sdpa", FLASH)
+CELLS = [(name, kernel) for name in FAMILIES for kernel in KERNELS if (name, kernel) != ("gemma3", FLASH)]  # refused
+# Qwen's own forward takes a padded mask in decoding only together with the positions, as generate() hands them over.
+MROPE = [name for name, family in FAMILIES.items() if family.types == "mm_token_type_ids"]
+LOOPS = [("left", "generate"), ("none", "by hand"), ("left", "by hand"), ("left", "by hand, positions given")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -20,23 +27,42 @@ def plan_of(selector="balanced", layers=(1, 3), keep=(0.6, 0.3), positions="keep
 
 
 @pytest.mark.parametrize("selector", sorted(SELECTORS))
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("batch", "padding"), [(1, "none"), (3, "none"), (3, "left"), (3, "right")])
 def test_prefill_logits_equal_masked_dense(
-    llava, inputs_for, masked_dense, hidden_of, device, selector, kernel, batch, padding
+    family_model, assert_equals_masked_dense, flash_convention, device, selector, kernel, name, batch, padding
 ):
-    model, inputs = llava(kernel, device=device), inputs_for(batch, padding=padding, device=device)
-    with torch.no_grad(), prune(model, plan_of(selector)) as trace:
-        pruned = model(**inputs).logits
-    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
-        dense = model(**inputs).logits
-    survives = ~hidden_of(inputs["input_ids"], trace.alive)[-1]
-    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    for row in range(batch):
-        real_among_survivors = real[row][survives[row]]
-        torch.testing.assert_close(
-            pruned[row][real_among_survivors], dense[row][survives[row] & real[row]], **TOLERANCE
-        )
+    model, plan = family_model(name, kernel, device), plan_of(selector)
+    if name == "gemma3" and kernel == FLASH:  # a sliding window over the survivors would be another window
+        with pytest.raises(UnsupportedModelError, match="sdpa"), prune(model, plan):
+            pass
+        return
+    inputs = FAMILIES[name].inputs(batch, padding, device=device)
+    dense = family_model(name, "eager", device) if kernel == FLASH else model  # it masks per query, flash cannot
+    trace = assert_equals_masked_dense(model, inputs, plan, dense=dense)
+    num_image_tokens = int((inputs["input_ids"][0] == IMAGE_TOKEN).sum())
+    first, last = plan.num_kept(num_image_tokens)
+    assert trace.counts == (num_image_tokens, first, first, last)
+
+
+@pytest.mark.parametrize("layers_keep", [((0, 2), (0.5, 0.2)), ((1,), (0.0,))])
+@pytest.mark.parametrize(
+    ("name", "kernel", "padding", "loop"),
+    [(*cell, *loop) for cell in CELLS for loop in LOOPS if cell[0] not in MROPE or loop != ("left", "by hand")],
+)
+def test_greedy_decoding_of_every_family_equals_masked_dense(
+    family_model, masked_dense, flash_convention, name, kernel, padding, loop, layers_keep
+):
+    model, inputs = family_model(name, kernel), FAMILIES[name].inputs(3, padding, seed=1)
+    steps = WINDOW + 2 if name == "gemma3" else 5  # until the prompt has left the sliding windows
+    with torch.no_grad(), prune(model, plan_of("balanced", *layers_keep)) as trace:
+        pruned_tokens, pruned_logits = decode(model, inputs, loop, steps)
+    dense = family_model(name, "eager") if kernel == FLASH else model
+    with torch.no_grad(), masked_dense(dense, inputs["input_ids"], trace.alive):
+        dense_tokens, dense_logits = decode(dense, inputs, loop, steps)
+    assert torch.equal(pruned_tokens, dense_tokens)
+    torch.testing.assert_close(pruned_logits, dense_logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +91,23 @@ def decode(model, inputs, loop, steps=5):
         )
         return output.sequences[:, -steps:], torch.stack(output.logits, dim=1)
     mask = inputs.get("attention_mask")
-    extra = {}
-    if loop == "by hand, positions given":
-        known = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-        positions = (known.cumsum(dim=1) - 1).clamp(min=0)
+    extra, given = {}, loop == "by hand, positions given"
+    known = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    positions = (known.cumsum(dim=1) - 1).clamp(min=0)
+    mrope = hasattr(model.model, "rope_deltas")  # three positions a token, which the prefill works out
+    if given and not mrope:
         extra = {"position_ids": positions}
     output = model(**inputs, **extra, use_cache=True, logits_to_keep=1)
+    if mrope:
+        positions = (positions + model.model.rope_deltas).expand(3, -1, -1)
     logits = [output.logits[:, -1]]
     while len(logits) < steps:
         token = logits[-1].argmax(dim=-1, keepdim=True)
         if mask is not None:
             mask = torch.cat((mask, torch.ones_like(token)), dim=1)
-        if extra:
-            extra = {"position_ids": extra["position_ids"][:, -1:] + 1}
+        if given:
+            positions = positions[..., -1:] + 1
+            extra = {"position_ids": positions}
         cache = output.past_key_values
         cache = copy.deepcopy(cache) if loop == "copied cache" else cache
         output = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
@@ -86,14 +116,20 @@ def decode(model, inputs, loop, steps=5):
     return stacked.argmax(dim=-1), stacked
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("name", "kernel", "padding"),
+    [(*cell, padding) for cell in CELLS for padding in ("none", "left", "right") if cell[0] not in MROPE]
+    + [(name, kernel, "none") for name in MROPE for kernel in KERNELS],
+)
 @pytest.mark.parametrize("layers_keep", [((0, 2), (0.5, 0.2)), ((1, 3), (0.5, 0.2))])
-def test_several_new_tokens_at_once_equal_masked_dense(llava, inputs_for, masked_dense, kernel, padding, layers_keep):
-    model, inputs = llava(kernel), inputs_for(2, padding=padding)
+def test_several_new_tokens_at_once_equal_masked_dense(
+    family_model, masked_dense, flash_convention, name, kernel, padding, layers_keep
+):
+    model, inputs = family_model(name, kernel), FAMILIES[name].inputs(2, padding)
+    dense = family_model(name, "eager") if kernel == FLASH else model
     answer = torch.tensor([[5, 9, 17], [40, 3, 8]])
 
-    def answer_logits():
+    def answer_logits(model):
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         mask = inputs.get("attention_mask")
         if mask is not None:
@@ -101,9 +137,9 @@ def test_several_new_tokens_at_once_equal_masked_dense(llava, inputs_for, masked
         return model(input_ids=answer, attention_mask=mask, past_key_values=cache, use_cache=True).logits
 
     with torch.no_grad(), prune(model, plan_of("balanced", *layers_keep)) as trace:
-        pruned = answer_logits()
-    with torch.no_grad(), masked_dense(model, inputs["input_ids"], trace.alive):
-        torch.testing.assert_close(pruned, answer_logits(), **TOLERANCE)
+        pruned = answer_logits(model)
+    with torch.no_grad(), masked_dense(dense, inputs["input_ids"], trace.alive):
+        torch.testing.assert_close(pruned, answer_logits(dense), **TOLERANCE)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
