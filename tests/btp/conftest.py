@@ -1,4 +1,4 @@
-"""Models shared by all tests, and the naive references.
+"""Models built once for all tests, and the naive references.
 
 One is a dense run in which dropped tokens are masked, layer by layer; the other, attention that gets its mask as flash
 attention does.
@@ -129,7 +129,7 @@ def flash_convention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def family_model() -> Callable[..., Any]:
-    """One model for each (family, kernel, device), shared by all tests: pruning leaves no trace."""
+    """One model for each (family, kernel, device), built once for all tests: pruning leaves no trace."""
     built: dict[tuple[str, str, str], Any] = {}
 
     def get(name: str, kernel: str = "sdpa", device: str = "cpu") -> Any:
@@ -143,7 +143,7 @@ def family_model() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def llava() -> Callable[..., Any]:
-    """One model for each (kernel, side, device), shared by all tests: pruning leaves no trace."""
+    """One model for each (kernel, side, device), built once for all tests: pruning leaves no trace."""
     built: dict[tuple[str, int, str], Any] = {}
 
     def get(kernel: str = "sdpa", side: int = 5, device: str = "cpu") -> Any:

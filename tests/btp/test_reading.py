@@ -1,8 +1,11 @@
 """What selectors get to read beyond hidden states: [CLS] attention, keys, text; and encoded pictures that keep it."""
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d
+from transformers import LlavaForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from btp import Plan, RealizationError, Stage, encode_images, prune
@@ -10,6 +13,8 @@ from btp.encoding import join_pictures, notes_of, split_pictures
 from btp.selection import SELECTORS
 from tests.btp.families import FAMILIES
 
+TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+takes_encoded = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded pictures")
 PLAN = Plan(stages=(Stage(layer=1, keep=0.6, selector="spy"), Stage(layer=2, keep=0.2, selector="spy")))
 
 
@@ -106,6 +111,7 @@ def test_keys_and_text_are_the_layers_own(family_model, views, name, padding):
         assert view.text.instruction_BT[row].tolist() == wanted
 
 
+@takes_encoded
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_encoded_pictures_prune_as_pixels_do(family_model, views, name):
     model, inputs = family_model(name), FAMILIES[name].inputs(2)
@@ -118,6 +124,7 @@ def test_encoded_pictures_prune_as_pixels_do(family_model, views, name):
     assert "get_image_features" not in vars(model.model)
 
 
+@takes_encoded
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_pictures_come_apart_and_together_again(family_model, views, name):
     model, family = family_model(name), FAMILIES[name]
@@ -139,6 +146,7 @@ def test_pictures_come_apart_and_together_again(family_model, views, name):
             assert torch.equal(before.cls_attention, after.cls_attention)
 
 
+@takes_encoded
 def test_pictures_encoded_out_of_sight_are_refused_where_their_grids_vary(family_model, views):
     model, inputs = family_model("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(2)
     with torch.no_grad():
