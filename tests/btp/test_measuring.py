@@ -64,7 +64,8 @@ def naive_divergence(model, batches, layer):
         dense = model(**batch).logits[:, -1].double().softmax(dim=-1)
         with prune(model, Plan(stages=(Stage(layer=layer, keep=0.0),))):
             blind = model(**batch).logits[:, -1].double().softmax(dim=-1)
-        divergences += [sum(p * (p / q).log() for p, q in zip(*row, strict=True)) for row in zip(dense, blind, strict=True)]
+        for p_V, q_V in zip(dense, blind, strict=True):
+            divergences.append(sum(p * (p / q).log() for p, q in zip(p_V, q_V, strict=True)))
     return float(sum(divergences) / len(divergences))
 
 

@@ -296,7 +296,7 @@ class TestRefusals:
         tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
         model = LlamaForCausalLM(tiny)
         with (
-            pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration.*got LlamaForCausalLM"),
+            pytest.raises(UnsupportedModelError, match=r"LlavaForConditionalGeneration.*got LlamaForCausalLM"),
             prune(model, PLAN),
         ):
             pass
@@ -371,7 +371,9 @@ class TestRefusals:
         with prune(llava(), PLAN), pytest.raises(RealizationError, match="must return int64"):
             llava()(**inputs_for())
 
-    @pytest.mark.parametrize("wrong", [[0, 1, 1, *range(3, 15)], [1, 0, *range(2, 15)], [*range(14), 25], [-1, *range(14)]])
+    @pytest.mark.parametrize(
+        "wrong", [[0, 1, 1, *range(3, 15)], [1, 0, *range(2, 15)], [*range(14), 25], [-1, *range(14)]]
+    )
     def test_selectors_that_break_their_promise(self, llava, inputs_for, monkeypatch, device, wrong):
         model, inputs = llava(device=device), inputs_for(device=device)
         chosen = torch.tensor([wrong], device=device)
@@ -383,7 +385,7 @@ class TestRefusals:
 
     def test_a_keep_that_rounds_to_nothing(self, llava, inputs_for):
         plan = Plan(stages=(Stage(layer=1, keep=0.01),))
-        with prune(llava(), plan), pytest.raises(RealizationError, match="25 image tokens, or be 0, got 0.01"):
+        with prune(llava(), plan), pytest.raises(RealizationError, match=r"25 image tokens, or be 0, got 0\.01"):
             llava()(**inputs_for())
 
     def test_layers_that_are_bypassed(self, llava, inputs_for):
