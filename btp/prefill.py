@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from btp import masks, ops
-from btp.anatomy import Anatomy, take_positions
+from btp.anatomy import Anatomy
 from btp.cost import tokens_per_layer
 from btp.encoding import Notes
 from btp.errors import RealizationError
 from btp.plan import Plan, Stage
+from btp.positions import Positions
 from btp.reading import Reading
 from btp.selection import SELECTORS
 
@@ -116,7 +117,7 @@ class Prefill:
         self._sliced: dict[str, dict[str, Any]] = {}
         self._skipped: list[Stage] = []
         self.promises: list[Promise] = []
-        self._positions = _Positions(anatomy, decoder_inputs, self._reading)
+        self._positions = Positions(anatomy, decoder_inputs, self._reading)
         self._deepstack: Sequence[Tensor] = ()
         self.decoder_inputs = decoder_inputs
         if self._cuts and decoder_inputs.get("deepstack_visual_embeds") is not None:
@@ -232,50 +233,6 @@ class Prefill:
                 "position_ids": None if position_ids is None else position_ids[:, :num_surviving],
             }
         return {**inputs, **self._sliced[kind]}
-
-
-class _Positions:
-    """The positions of a prompt's tokens, and of its survivors once they are renumbered.
-
-    Renumbered positions are the first K of the old ones, since pads come first; on three axes (M-RoPE), where the old
-    ones follow the picture, every real survivor counts up by one on all of them, as text does.
-    """
-
-    def __init__(self, anatomy: Anatomy, decoder_inputs: Mapping[str, Any], reading: Reading) -> None:
-        self._anatomy, self._reading = anatomy, reading
-        self._hidden_BSD = decoder_inputs["inputs_embeds"]
-        position_ids = decoder_inputs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(self._hidden_BSD.shape[1], device=self._hidden_BSD.device)[None]
-        self._axes = position_ids[-3:] if position_ids.dim() == 3 else position_ids[None]  # (1 or 3, B or 1, S)
-
-    def embeddings(
-        self, layer: int, whole: tuple[Tensor, Tensor], columns_BK: Tensor, *, reset: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of the survivors."""
-        if not reset:
-            return take_positions(whole[0], columns_BK), take_positions(whole[1], columns_BK)
-        num_surviving = columns_BK.shape[1]
-        if not self._anatomy.mrope:
-            return whole[0][:, :num_surviving], whole[1][:, :num_surviving]
-        position_ids = self._renumbered(num_surviving).expand(3, -1, -1)
-        return self._anatomy.position_embeddings(layer, self._hidden_BSD, position_ids)
-
-    def shift(self, num_surviving: int) -> Tensor:
-        """How much lower the position after the prompt is once it is renumbered. (B, 1)"""
-        from_end_B1 = self._reading.from_end_B1
-        length = self._axes.shape[2]
-        last_1B1 = (length - 1 - from_end_B1)[None].expand(len(self._axes), -1, -1)
-        old_B1 = self._axes.expand(-1, len(from_end_B1), -1).gather(2, last_1B1).amax(dim=0)
-        new_BK = self._renumbered(num_surviving)[0].expand(len(from_end_B1), -1)
-        return old_B1 - new_BK.gather(1, num_surviving - 1 - from_end_B1)
-
-    def _renumbered(self, num_surviving: int) -> Tensor:
-        """(1, B or 1, K)"""
-        if not self._anatomy.mrope:
-            return self._axes[:1, :, :num_surviving]
-        place_K = torch.arange(num_surviving, device=self._axes.device)
-        return (place_K - self._reading.num_left_pads_B1).clamp(min=0)[None]
 
 
 def _effective_cuts(plan: Plan, num_image_tokens: int) -> dict[int, tuple[Stage, int]]:
