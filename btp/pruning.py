@@ -159,8 +159,9 @@ class _Hooks:
         told = prompt is not None and prompt.get("input_ids") is not None and kwargs["inputs_embeds"].shape[1] > 1
         if prompt is not None and told and bool(self._anatomy.image_mask(prompt).any()):
             raise RealizationError(
-                "all image tokens must come in one prefill into an empty cache, got some on a filled one; "
-                "prefill the whole prompt at once, without prefill_chunk_size"
+                "all image tokens must come in one prefill into an empty cache, got some on a filled one; prefill the "
+                "whole conversation at once, without prefill_chunk_size; after a stage before layer 0 `generate` cannot "
+                "tell how much of a conversation is cached, so hand model(...) the new tokens alone"
             )
         return layout_of(cache, len(self._anatomy.layers))
 

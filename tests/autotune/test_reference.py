@@ -92,7 +92,7 @@ def test_it_sees_and_is_lost_without_sight() -> None:
 
 def test_several_processes_answer_like_one() -> None:
     examples = data.from_dataset(reference.dataset("calibrate"), "calibrate")[:48]
-    plan = presets.btp(8)
+    plan = presets.btp_released(8)
     pool = EvaluatorPool(str(reference.WEIGHTS), {"few": examples}, 2)
     pooled = pool(plan, "few")
     assert pooled == Evaluator(*load_model(str(reference.WEIGHTS), "cpu"), examples)(plan)

@@ -61,7 +61,7 @@ def test_every_draw_is_a_legal_plan_within_its_budget(seed: int, limit: float) -
 
 
 def test_rescaling_by_one_is_the_plan_itself() -> None:
-    plan = presets.btp(8)
+    plan = presets.btp_released(8)
     again = rescale(plan)(1.0)
     assert [s.layer for s in again.stages] == [s.layer for s in plan.stages]
     assert [s.keep for s in again.stages] == pytest.approx([s.keep for s in plan.stages])
@@ -69,7 +69,7 @@ def test_rescaling_by_one_is_the_plan_itself() -> None:
 
 def test_the_latency_model_recovers_a_line() -> None:
     truth = LatencyModel(floor=0.3, num_layers=8, num_image_tokens=256)
-    plans = [presets.btp(8), presets.fastv(8), Plan(stages=(Stage(layer=0, keep=0.0),))]
+    plans = [presets.btp_released(8), presets.fastv(8), Plan(stages=(Stage(layer=0, keep=0.0),))]
     fitted = LatencyModel.fit([(plan, truth.ratio(plan)) for plan in plans], 8, 256)
     assert fitted.floor == pytest.approx(0.3)
 
@@ -136,7 +136,7 @@ def replayed(plan: Plan) -> float:
 def search(storage: Path, num_trials: int, stop_after: int | None = None, seed: int = 3) -> Study:
     space = SearchSpace.load(SPACE)
     study = Study(storage, "replay", seed)
-    study.enqueue("hand-set", presets.btp(8))
+    study.enqueue("hand-set", presets.btp_released(8))
     while study.num_done < num_trials and study.num_done != stop_after:
         number, name, asked = study.ask(space)
         plan = asked if isinstance(asked, Plan) else LATENCY.solve(space.schedule(asked, 8), asked["budget"] * 0.7)
@@ -163,10 +163,10 @@ def test_an_interrupted_study_asks_what_an_unbroken_one_asks(tmp_path: Path) -> 
 def test_a_killed_trial_is_asked_again_with_its_parameters(tmp_path: Path) -> None:
     space = SearchSpace.load(SPACE)
     study = Study(tmp_path / "study.db", "replay", 0)
-    study.enqueue("hand-set", presets.btp(8))
+    study.enqueue("hand-set", presets.btp_released(8))
     asked = [study.ask(space) for _ in range(2)]  # and the process dies here
     again = Study(tmp_path / "study.db", "replay", 0)
-    again.enqueue("hand-set", presets.btp(8))
+    again.enqueue("hand-set", presets.btp_released(8))
     retried = [again.ask(space) for _ in range(2)]
     assert [entry[2] for entry in retried] == [entry[2] for entry in asked]
     assert retried[0][1] == "hand-set"

@@ -321,3 +321,27 @@ def video_inputs(name):
     ids = torch.tensor([[1, 5, *[VIDEO_TOKEN] * num_tokens, 9, 12]])
     types = {"mm_token_type_ids": 2 * (ids == VIDEO_TOKEN).long()} if name != "llava_onevision" else {}
     return {"input_ids": ids, **video, **types}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
+def test_a_second_turn_goes_on_from_the_cache_as_if_prefilled_at_once(family_model, name):
+    model, inputs = family_model(name), FAMILIES[name].inputs(1)
+    plan = Plan(stages=(Stage(layer=1, keep=0.5, selector="uniform"), Stage(layer=3, keep=0.2, selector="uniform")))
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    with prune(model, plan):
+        first = model.generate(**inputs, **settings, return_dict_in_generate=True)
+        asked = torch.cat((first.sequences, torch.tensor([[5, 9, 12]])), dim=1)
+        whole = {**inputs, "input_ids": asked}
+        for types in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
+            whole[types] = (asked == FAMILIES[name].image_token).long()
+        carried = {n: t for n, t in whole.items() if n not in ("pixel_values", "image_grid_thw")}
+        went_on = model.generate(**carried, past_key_values=first.past_key_values, **settings)
+        assert torch.equal(went_on, model.generate(**whole, **settings))
+
+
+def test_a_second_turn_after_a_stage_before_the_decoder_is_refused_by_name(family_model):
+    model, inputs = family_model("llava"), FAMILIES["llava"].inputs(1)
+    with prune(model, Plan(stages=(Stage(layer=0, keep=0.5, selector="uniform"),))):
+        first = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        with pytest.raises(RealizationError, match="the new tokens alone"):
+            model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
