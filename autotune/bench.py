@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -14,31 +15,35 @@ import torch
 
 from autotune import data
 from autotune.certify import Interval, ScoreTable, latency_ratio
-from autotune.config import JobConfig, Limit
+from autotune.config import Limit, RunConfig
 from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
-from btp.anatomy import anatomy_of
-from btp.calibration import cosine_shift, stage_layers
+from autotune.reference import WEIGHTS
+from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
+from btp.families import anatomy_of
 from btp.latency import device_key, measure, percentile
 from btp.plan import Plan
+from btp.profile import Profile
 
-__all__ = ["Bench", "measure_ratio"]
+__all__ = ["Bench", "measure_file", "measure_ratio"]
 
-NUM_CALIBRATION = 64  # samples of the paper's calibration
+NUM_CALIBRATION = 64  # samples of BTP's calibration
+NUM_WITHDRAWAL = 20  # samples of VTW's layer search
 BATCH_SIZE = 16
 MODEL_FILES = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
-MAX_ROUNDS, CLEAR = 4, 0.02
+MAX_ROUNDS, CLEAR, SHARP = 4, 0.02, 0.05
 CONFIDENCE = 1 - 0.05 / MAX_ROUNDS  # of each look, so that all the looks together err one time in twenty
 MIN_PAIRS_OF_A_TAIL = 60  # a 95th percentile of fewer is the maximum
 
 
 def measure_ratio(
-    model: Any, inputs: Mapping[str, Any], plan: Plan, limit: Limit, repeats: int
+    model: Any, inputs: Mapping[str, Any], plan: Plan, limit: Limit, repeats: int, width: float | None = None
 ) -> tuple[Interval, float]:
     """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds.
 
     Measures `repeats` pairs, and as many again, up to `MAX_ROUNDS` times, while the interval holds the limit and is
-    wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word.
+    wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word. With a width, it
+    goes on while the interval is wider than that, wherever the limit is.
     """
     dense_ms: list[float] = []
     pruned_ms: list[float] = []
@@ -50,23 +55,42 @@ def measure_ratio(
         pruned_ms += blocks.pruned_first_token_ms if of_ttft else blocks.pruned_prefill_ms
         interval = latency_ratio(dense_ms, pruned_ms, limit.share, CONFIDENCE)
         dense = percentile(tuple(dense_ms), 100 * limit.share)
-        if not interval.low <= limit.ratio(dense) < interval.high or interval.high - interval.low < CLEAR:
+        decided = width is None and not interval.low <= limit.ratio(dense) < interval.high
+        if decided or interval.high - interval.low < (width or CLEAR):
             break
     return interval, dense
+
+
+def measure_file(
+    path: Path, model: str, questions: Path | None, limit: Limit, threads: int, repeats: int, device: str
+) -> tuple[Interval, float, bool]:
+    """Ratio to dense, dense's milliseconds and whether the limit is met, of the profile or plan in a file.
+
+    model: empty for the reference VLM; questions: None for its data. A profile must fit the model, a plan need not say.
+    """
+    torch.set_num_threads(threads)
+    plan = Plan.load(path)
+    loaded, processor = load_model(model or str(WEIGHTS), device)
+    if "schema_version" in json.loads(path.read_text(encoding="utf-8")):
+        Profile.load(path).check_fits(anatomy_of(loaded).identity)
+    inputs = prompt_inputs(processor, data.load_splits(questions)["calibrate"][:1], device)
+    ratio, dense_ms = measure_ratio(loaded, inputs, plan, limit, repeats)
+    return ratio, dense_ms, ratio.value <= limit.ratio(dense_ms)
 
 
 class Bench:
     """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk."""
 
-    def __init__(self, config: JobConfig, splits: Mapping[str, Sequence[Example]]) -> None:
-        self._config, self.splits = config, splits
+    def __init__(self, config: RunConfig, splits: Mapping[str, Sequence[Example]], limit: Limit) -> None:
+        self._config, self.splits, self._limit = config, splits, limit
         torch.set_num_threads(config.threads)
         self.model, self._processor = load_model(config.model, config.device)
         self._inputs = prompt_inputs(self._processor, splits["calibrate"][:1], config.device)
         self.anatomy = anatomy_of(self.model)
         self.key = device_key(self.model, self._inputs)
         self.data_digests = {name: data.digest(splits[name]) for name in data.SPLITS}
-        identity = [_model_digest(config.model), *self.data_digests.values(), str(self.key), str(config.workers)]
+        self.model_digest = _model_digest(config.model)
+        identity = [self.model_digest, *self.data_digests.values(), str(self.key), str(config.workers)]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.evaluations = config.out / "evaluations" / self.digest[:16]
         self._evaluate = cache(self._make_evaluator)
@@ -74,27 +98,58 @@ class Bench:
 
     def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
         """Measured latency ratio to dense, and dense's milliseconds, with `effort` times the usual pairs."""
-        return measure_ratio(self.model, self._inputs, plan, self._config.limit, effort * self._config.repeats)
+        return measure_ratio(self.model, self._inputs, plan, self._limit, effort * self._config.repeats)
+
+    def kept_ratio(self, plan: Plan) -> tuple[Interval, float]:
+        """The measured latency ratio to a width of `SHARP`, and dense's milliseconds; measured once, also over runs."""
+
+        def compute() -> dict[str, Any]:
+            repeats = self._config.repeats
+            ratio, dense_ms = measure_ratio(self.model, self._inputs, plan, self._limit, repeats, SHARP)
+            return {"ratio": asdict(ratio), "dense_ms": dense_ms}
+
+        found = self.kept(f"latency-{self._config.repeats}-{plan.digest[:20]}", compute)
+        return Interval(**found["ratio"]), found["dense_ms"]
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         """Stage layers right after the peaks of the cosine shift on `calibrate`, as BTP finds them."""
         # One question a picture: image tokens come before the question, so all about one picture say the same.
-        few = list({e.image_id: e for e in self.splits["calibrate"]}.values())[:NUM_CALIBRATION]
-        chunks = [few[start : start + BATCH_SIZE] for start in range(0, len(few), BATCH_SIZE)]
-        batches = (prompt_inputs(self._processor, chunk, self._config.device) for chunk in chunks)
-        return stage_layers(cosine_shift(self.model, batches), num_stages)
+        once = list({e.image_id: e for e in self.splits["calibrate"]}.values())
+        return stage_layers(cosine_shift(self.model, self._batches(once, NUM_CALIBRATION, BATCH_SIZE)), num_stages)
+
+    def withdrawal_layer(self) -> int | None:
+        """The layer before which VTW's search on `calibrate` drops every image token; None where it finds none."""
+        return withdrawal_layer(self.model, self._batches(self.splits["calibrate"], NUM_WITHDRAWAL, 1))
+
+    def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
+        """Model inputs of examples drawn by the seed, in the order they came."""
+        drawn = random.Random(self._config.seed).sample(range(len(examples)), min(num_samples, len(examples)))
+        few = [examples[index] for index in sorted(drawn)]
+        for start in range(0, len(few), size):
+            yield prompt_inputs(self._processor, few[start : start + size], self._config.device)
+
+    def num_text_tokens(self, split: str) -> int:
+        """Text tokens of the split's median prompt, by the length of its question."""
+        ordered = sorted(self.splits[split], key=lambda e: len(self._processor.tokenizer.encode(e.question)))
+        inputs = prompt_inputs(self._processor, [ordered[len(ordered) // 2]], self._config.device)
+        key = device_key(self.model, inputs)
+        return key.prompt_tokens - key.image_tokens
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` found, as JSON under `name` on disk: computed once, also over several runs."""
+        self.evaluations.mkdir(parents=True, exist_ok=True)
+        path = self.evaluations / f"{name}.json"
+        if not path.exists():
+            path.with_suffix(".tmp").write_text(json.dumps(compute()), encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def scores(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split; computed once, also over several runs of the job."""
-        self.evaluations.mkdir(parents=True, exist_ok=True)
-        path = self.evaluations / f"{split}-{plan.digest[:20]}.json"
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            return Scores(tuple(kept["answers"]), tuple(kept["scores"]))
-        found = self.scores_anew(plan, split)
-        path.with_suffix(".tmp").write_text(json.dumps(asdict(found)), encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
-        return found
+        kept = self.kept(f"{split}-{plan.digest[:20]}", lambda: asdict(self.scores_anew(plan, split)))
+        realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
+        return Scores(tuple(kept["answers"]), tuple(kept["scores"]), realised)
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from autotune.config import MIN_TRIALS, AutotuneError, JobConfig, Limit
+from autotune.config import MIN_TRIALS, AutotuneError, CompareConfig, JobConfig, Limit
 from btp.errors import BTPError
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew: forget t
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RegistryOption = Annotated[str | None, typer.Option("--registry", help="MLflow address; default: SQLite in --out.")]
+DeviceOption = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -94,7 +96,7 @@ def tune(
     repeats: RepeatsOption = 12,
     fresh: FreshOption = False,
     space: Annotated[Path | None, typer.Option(help="Search space YAML; default: the one that comes along.")] = None,
-    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     registry: RegistryOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -121,6 +123,52 @@ def tune(
 
 
 @app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Local folder or hub id of your model; default: the reference VLM.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Your questions, as for tune; default: the reference's.")] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Budgets: FLOPs of these fractions of the image tokens in every layer.")
+    ] = "0.33,0.22,0.11",
+    systems: Annotated[str, typer.Option(help="Only these, such as fastv,dart; default: all. Dense always runs.")] = "",
+    split: Annotated[
+        Literal["select", "certify"],
+        typer.Option(help="Questions to answer; to choose a method by certify is to spend it."),
+    ] = "select",
+    out: OutOption = Path("runs/compare"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of calibration samples.")] = 0,
+    threads: ThreadsOption = 1,
+    workers: WorkersOption = 0,
+    repeats: RepeatsOption = 12,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew: forget this comparison's scores.")] = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare the published systems on your model at equal FLOPs: accuracy, measured latency, cache."""
+    with _errors(debug):
+        fractions, names = CompareConfig.parse_fractions(tokens), CompareConfig.parse_systems(systems)
+        if bool(model) != (data is not None):
+            raise AutotuneError("--model and --data must be given together, or neither for the reference VLM")
+        from autotune.reference import WEIGHTS
+
+        config = CompareConfig(
+            model=model or str(WEIGHTS),
+            data=data,
+            fractions=fractions,
+            systems=names,
+            split=split,
+            out=out,
+            seed=seed,
+            repeats=repeats,
+            threads=threads,
+            workers=workers or (CORES if device == "cpu" else 1),
+            fresh=fresh,
+            device=device,
+        )
+        _run_comparison(config, as_json)
+
+
+@app.command()
 def measure(
     profile: Annotated[Path, typer.Argument(help="A profile.json, or a plan.")],
     model: Annotated[str, typer.Option(help="Local folder or hub id of the model it was made for.")] = "",
@@ -128,29 +176,16 @@ def measure(
     limit: LimitOption = "prefill_p50<=1x",
     threads: ThreadsOption = 1,
     repeats: RepeatsOption = 36,
-    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure a profile's latency on this device, paired with dense; exit 1 where it misses the limit."""
     with _errors(debug):
-        import torch
+        from autotune.bench import measure_file
 
-        from autotune.bench import measure_ratio
-        from autotune.evaluation import load_model, prompt_inputs
-        from autotune.reference import WEIGHTS
-        from btp.anatomy import anatomy_of
-        from btp.plan import Plan
-        from btp.profile import Profile
-
-        torch.set_num_threads(threads)
-        bound, plan = Limit.parse(limit), Plan.load(profile)
-        loaded, processor = load_model(model or str(WEIGHTS), device)
-        if "schema_version" in json.loads(profile.read_text(encoding="utf-8")):
-            Profile.load(profile).check_fits(anatomy_of(loaded).identity)
-        inputs = prompt_inputs(processor, _splits(data)["calibrate"][:1], device)
-        ratio, dense_ms = measure_ratio(loaded, inputs, plan, bound, repeats)
-        met = ratio.value <= bound.ratio(dense_ms)
+        bound = Limit.parse(limit)
+        ratio, dense_ms, met = measure_file(profile, model, data, bound, threads, repeats, device)
         if as_json:
             print(json.dumps({"ratio": asdict(ratio), "dense_ms": dense_ms, "limit": str(bound), "met": met}))
         else:
@@ -183,67 +218,73 @@ def _default_space() -> Path:
     return inside if inside.exists() else Path(__file__).parents[1] / "search_spaces" / "reference.yaml"
 
 
-def _splits(path: Path | None) -> Mapping[str, Any]:
-    from autotune import data, reference
-
-    if path is not None:
-        return data.split(data.load(path))
-    return {name: data.from_dataset(reference.dataset(name), name) for name in data.SPLITS}
-
-
 def _run_job(config: JobConfig, as_json: bool) -> None:
-    from autotune import job
+    from autotune import data, delivery, job
 
-    columns = (
-        TextColumn("{task.description}", table_column=Column(width=30, no_wrap=True)),
-        BarColumn(bar_width=12),
-        TextColumn("{task.fields[told]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr) as bar:
+    with _bar() as bar:
         line = bar.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
 
         def show(what: str, num_told: int, steps: int, best: float | None) -> None:
             told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
             bar.update(line, description=what, completed=steps, told=told)
 
-        outcome = job.run(config, _splits(config.data), show)
+        outcome = job.run(config, data.load_splits(config.data), show)
     if as_json:
         print(json.dumps(outcome.to_dict()))
     else:
-        _print(outcome)
+        rows = [row.cells() for row in outcome.rows]
+        _print([Table(title=outcome.title)], delivery.HEADINGS, [rows], outcome.lines(), 120)
     if not (outcome.met and outcome.reproduced):
         raise typer.Exit(1)
 
 
-def _print(outcome: Any) -> None:
-    console = Console()
-    console.width = max(console.width, 120)  # a pipe is no reason to break the table
-    table = Table(title=f"{outcome.study}: {outcome.limit}, {outcome.num_trials} trials, on `certify`")
-    for heading in ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task"):
-        table.add_column(heading, justify="left" if heading in ("plan", "worst task") else "right", no_wrap=True)
-    for row in outcome.rows:
-        table.add_row(
-            row.name,
-            f"{row.image_gflops:.3f}",
-            _interval(row.latency),
-            _interval(row.macro),
-            f"{row.worst_task} {_interval(row.worst)}",
-        )
-    console.print(table)
-    for name, interval in outcome.tuned_minus.items():
-        sure = "excludes" if interval.excludes_zero else "includes"
-        console.print(f"tuned - {name}: {_interval(interval, sign='+')}, {sure} zero")
-    console.print(f"\n{outcome.version} registered, alias {outcome.alias}")
-    word = "meets" if outcome.met else "MISSES"
-    console.print(f"in a fresh process: {_interval(outcome.fresh_ratio)} of dense, {word} {outcome.limit}")
-    console.print(f"score reproduced by the pulled profile: {'yes' if outcome.reproduced else 'NO'}")
-    for path in outcome.paths.values():
-        console.print(f"  {path}", highlight=False)
-    console.print(f"{outcome.seconds:.0f} s")
+def _run_comparison(config: CompareConfig, as_json: bool) -> None:
+    from autotune import compare, data, results
+
+    with _bar() as bar:
+        line = bar.add_task("reading the data", total=None, told="")
+
+        def show(what: str, done: int, steps: int) -> None:
+            bar.update(line, description=what, completed=done, total=steps, told=f"{done}/{steps}")
+
+        found = compare.run(config, data.load_splits(config.data), show)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        titles = [found.title(fraction) for fraction in found.fractions]
+        tables = [Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)) for title in titles]
+        rows = [[row.cells() for row in found.at(fraction)] for fraction in found.fractions]
+        _print(tables, results.HEADINGS, rows, [*found.notes(), *(f"  {path}" for path in compare.paths(config))], 100)
 
 
-def _interval(interval: Any, sign: str = "") -> str:
-    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}", table_column=Column(width=30, no_wrap=True)),
+        BarColumn(bar_width=12),
+        TextColumn("{task.fields[told]}"),
+    )
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr)
+
+
+def _print(
+    tables: Sequence[Table],
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Sequence[str]]],
+    lines: Sequence[str],
+    width: int,
+) -> None:
+    """The tables with their rows, then the lines; a pipe is no reason to break a table."""
+    console = Console(highlight=False)
+    console.width = max(console.width, width)
+    for table, own in zip(tables, rows, strict=True):
+        for index, heading in enumerate(headings):
+            text = not any(character.isdigit() for character in own[0][index][:1])
+            table.add_column(heading, justify="left" if text else "right", no_wrap=True)
+        for cells in own:
+            table.add_row(*cells)
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False)
 
 
 @contextmanager

@@ -1,13 +1,25 @@
-"""Settings of a tuning job, and the one error a user can mend."""
+"""Settings of a tuning job and of a comparison, and the one error a user can mend."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["MIN_TRIALS", "AutotuneError", "JobConfig", "Limit", "check_sqlite"]
+from btp.presets import SYSTEMS
+
+__all__ = [
+    "MIN_TRIALS",
+    "AutotuneError",
+    "CompareConfig",
+    "JobConfig",
+    "Limit",
+    "RunConfig",
+    "check_folder",
+    "check_sqlite",
+]
 
 MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
@@ -22,6 +34,12 @@ def check_sqlite(path: Path) -> None:
         raise AutotuneError(
             f"{path} must be an SQLite database, or not be there yet; move it away or use another --out"
         )
+
+
+def check_folder(path: Path) -> None:
+    """Raise AutotuneError where `path` is there and no folder."""
+    if path.exists() and not path.is_dir():
+        raise AutotuneError(f"--out must be a folder, or not be there yet, got the file {path}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +79,73 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """Everything a tuning job is started with; the same values resume the same study."""
+class RunConfig:
+    """A model, its data and its device. data: None stands for the reference VLM's. seed: of every draw."""
 
     model: str
     data: Path | None
-    limit: Limit
     out: Path
-    name: str
-    num_trials: int = 40
     seed: int = 0
-    space: Path
     repeats: int = 12
     threads: int = 1
     workers: int = 1
     fresh: bool = False
-    tracking_uri: str | None = None
     device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig(RunConfig):
+    """Everything a tuning job is started with; the same values resume the same study."""
+
+    limit: Limit
+    name: str
+    num_trials: int = 40
+    space: Path
+    tracking_uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig(RunConfig):
+    """Everything a comparison is started with; the same values resume it.
+
+    fractions: budgets, each the image-token FLOPs of that share of the image tokens in every layer. systems: names in
+    `btp.presets.SYSTEMS`. split: whose questions are answered.
+    """
+
+    fractions: tuple[float, ...]
+    systems: tuple[str, ...]
+    split: str = "select"
+
+    @staticmethod
+    def parse_fractions(text: str) -> tuple[float, ...]:
+        """The budgets in "0.33,0.22": different numbers in (0, 1]. Raises AutotuneError."""
+        try:
+            found = tuple(float(word) for word in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < fraction <= 1 for fraction in found) or len(set(found)) < len(found):
+            raise AutotuneError(
+                f"--tokens must be different fractions in (0, 1], separated by commas, got {text!r}; try 0.33,0.22,0.11"
+            )
+        return found
+
+    @staticmethod
+    def parse_systems(text: str) -> tuple[str, ...]:
+        """The names in "fastv,dart", in the order of `SYSTEMS`; all of them for an empty text. Raises AutotuneError."""
+        words = {word.strip() for word in text.split(",")} if text else set(SYSTEMS)
+        if unknown := sorted(words - set(SYSTEMS)):
+            raise AutotuneError(f"--systems must be some of {', '.join(SYSTEMS)}, got {', '.join(map(repr, unknown))}")
+        return tuple(name for name in SYSTEMS if name in words)
+
+    @property
+    def command(self) -> str:
+        """The command line that starts it."""
+        words = ["autotune", "compare"]
+        if self.data is not None:
+            words += ["--model", self.model, "--data", str(self.data)]
+        words += ["--tokens", ",".join(f"{fraction:g}" for fraction in self.fractions)]
+        if self.systems != tuple(SYSTEMS):
+            words += ["--systems", ",".join(self.systems)]
+        options = {"out": self.out, "split": self.split, "seed": self.seed, "repeats": self.repeats}
+        options |= {"threads": self.threads, "workers": self.workers, "device": self.device}
+        return shlex.join([*words, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])

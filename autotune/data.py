@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from autotune.config import AutotuneError
 from autotune.tasks import SCORERS
 
-__all__ = ["SPLITS", "Example", "digest", "from_dataset", "load", "split", "write_parquet"]
+__all__ = ["SPLITS", "Example", "digest", "from_dataset", "load", "load_splits", "split", "write_parquet"]
 
 SPLITS = ("calibrate", "select", "certify")
 SHARES = {"calibrate": 0.1, "select": 0.3, "certify": 0.6}
@@ -50,6 +50,15 @@ def load(path: Path) -> list[Example]:
 def from_dataset(rows: Iterable[Mapping[str, Any]], where: str) -> list[Example]:
     """Examples from rows whose `image` is a PIL picture."""
     return _examples(enumerate(rows, start=1), Path(where))
+
+
+def load_splits(path: Path | None) -> dict[str, list[Example]]:
+    """The splits of the user's examples; without a path, the reference VLM's own."""
+    from autotune import reference
+
+    if path is not None:
+        return split(load(path))
+    return {name: from_dataset(reference.dataset(name), name) for name in SPLITS}
 
 
 def split(examples: Sequence[Example]) -> dict[str, list[Example]]:

@@ -14,7 +14,7 @@ from typing import Any
 from autotune import data
 from autotune.bench import Bench
 from autotune.certify import Interval
-from autotune.config import AutotuneError, JobConfig, check_sqlite
+from autotune.config import AutotuneError, JobConfig, check_folder, check_sqlite
 from autotune.objective import Told
 from autotune.registry import Registry, Version
 from autotune.report import write_front
@@ -22,8 +22,9 @@ from autotune.study import Study
 from btp.plan import Plan
 from btp.profile import Profile, Workload
 
-__all__ = ["Outcome", "Row", "check_out", "deliver"]
+__all__ = ["HEADINGS", "Outcome", "Row", "check_out", "deliver"]
 
+HEADINGS = ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task")
 EVIDENCE = ("evidence.parquet", "trials.json", "front.png", "front.html")
 
 
@@ -40,6 +41,16 @@ class Row:
     worst: Interval
     by_task: Mapping[str, float]
     scores: tuple[float, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """Under `HEADINGS`."""
+        return (
+            self.name,
+            f"{self.image_gflops:.3f}",
+            _interval(self.latency),
+            _interval(self.macro),
+            f"{self.worst_task} {_interval(self.worst)}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the per-sample scores: those are in `evidence.parquet`."""
@@ -65,14 +76,37 @@ class Outcome:
     paths: Mapping[str, str]
     seconds: float
 
+    @property
+    def title(self) -> str:
+        return f"{self.study}: {self.limit}, {self.num_trials} trials, on `certify`"
+
+    def lines(self) -> list[str]:
+        """What is to be said below the table."""
+        lines = []
+        for name, interval in self.tuned_minus.items():
+            sure = "excludes" if interval.excludes_zero else "includes"
+            lines.append(f"tuned - {name}: {_interval(interval, sign='+')}, {sure} zero")
+        word = "meets" if self.met else "MISSES"
+        return [
+            *lines,
+            f"\n{self.version} registered, alias {self.alias}",
+            f"in a fresh process: {_interval(self.fresh_ratio)} of dense, {word} {self.limit}",
+            f"score reproduced by the pulled profile: {'yes' if self.reproduced else 'NO'}",
+            *(f"  {path}" for path in self.paths.values()),
+            f"{self.seconds:.0f} s",
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
 
 
+def _interval(interval: Interval, sign: str = "") -> str:
+    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
 def check_out(config: JobConfig) -> None:
     """Refuse, before anything is computed, a place or a name that the results could not be written to."""
-    if config.out.exists() and not config.out.is_dir():
-        raise AutotuneError(f"--out must be a folder, or not be there yet, got the file {config.out}")
+    check_folder(config.out)
     if not config.name or set(config.name) & set("/:@"):
         raise AutotuneError(f"--name must be a text without / : @, got {config.name!r}; it names the registered model")
     if config.tracking_uri is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from autotune.tasks import SCORERS
 from btp.plan import Plan
 from btp.prefix import encode_images
 
-__all__ = ["Evaluator", "EvaluatorPool", "Scores", "load_model", "prompt_inputs"]
+__all__ = ["Evaluator", "EvaluatorPool", "Scores", "is_conditional", "load_model", "prompt_inputs"]
 
 BATCH_SIZE = 24
 IMAGES_AT_ONCE = 8
@@ -31,10 +32,19 @@ IMAGES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per-sample answers and scores in [0, 1], in the order of the examples."""
+    """Per-sample answers and scores in [0, 1], in the order of the examples.
+
+    realised: the image tokens by layer that prefills had, each with the number of samples that had them.
+    """
 
     answers: tuple[str, ...]
     scores: tuple[float, ...]
+    realised: tuple[tuple[tuple[int, ...], int], ...]
+
+
+def is_conditional(plan: Plan) -> bool:
+    """Whether what the plan drops depends on the prompt."""
+    return any(stage.attention_below is not None for stage in plan.stages)
 
 
 def load_model(source: str, device: str) -> tuple[Any, Any]:
@@ -88,7 +98,8 @@ def _prompt(processor: Any, question: str) -> str:
 class Evaluator:
     """Scores plans on a fixed list of examples; prompts and encoded pictures are prepared once and kept.
 
-    Examples are batched by task and prompt length, so that short answers do not wait for long ones.
+    Examples are batched by task and prompt length, so that short answers do not wait for long ones. A conditional
+    stage is carried out for a whole batch or not at all, so plans that have one are answered prompt by prompt.
     """
 
     def __init__(self, model: Any, processor: Any, examples: Sequence[Example]) -> None:
@@ -99,19 +110,20 @@ class Evaluator:
             num_tokens = len(processor.tokenizer.encode(e.answer, add_special_tokens=False))
             longest[e.task] = max(longest[e.task], num_tokens)
         self._max_new_tokens = {task: num_tokens + 4 for task, num_tokens in longest.items()}
-        self._batches = self._prepare()
+        self._encoded = self._encode_images()
+        self._batches = cache(self._prepare)
+        self._batches(BATCH_SIZE)
 
-    def _prepare(self) -> list[tuple[list[int], dict[str, Any]]]:
+    def _prepare(self, batch_size: int) -> list[tuple[list[int], dict[str, Any]]]:
         order = sorted(range(len(self.examples)), key=self._batch_key)
         groups: list[list[int]] = []
         for index in order:
             same_task = groups and self.examples[groups[-1][0]].task == self.examples[index].task
-            if same_task and len(groups[-1]) < BATCH_SIZE:
+            if same_task and len(groups[-1]) < batch_size:
                 groups[-1].append(index)
             else:
                 groups.append([index])
-        encoded = self._encode_images()
-        return [(group, self._batch([self.examples[i] for i in group], encoded)) for group in groups]
+        return [(group, self._batch([self.examples[i] for i in group])) for group in groups]
 
     def _batch_key(self, index: int) -> tuple[str, int, int]:
         example = self.examples[index]
@@ -132,26 +144,31 @@ class Evaluator:
             encoded.update(zip((e.image_id for e in chunk), features, strict=True))
         return encoded
 
-    def _batch(self, examples: Sequence[Example], encoded: Mapping[str, Any]) -> dict[str, Any]:
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Any]:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         inputs = prompt_inputs(self._processor, examples, self._device)
-        if not encoded:
+        if not self._encoded:
             return inputs
         del inputs["pixel_values"]
-        features: Any = [encoded[e.image_id] for e in examples]  # a list of pictures, as get_image_features gives it
+        features: Any = [
+            self._encoded[e.image_id] for e in examples
+        ]  # a list of pictures, as get_image_features gives it
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return inputs
 
     def __call__(self, plan: Plan) -> Scores:
         """All scores of a plan, in the order of the examples."""
         answers = [""] * len(self.examples)
-        with btp.prune(self._model, plan):
-            for group, inputs in self._batches:
+        realised: Counter[tuple[int, ...]] = Counter()
+        batches = self._batches(1 if is_conditional(plan) else BATCH_SIZE)
+        with btp.prune(self._model, plan) as trace:
+            for group, inputs in batches:
                 for index, answer in zip(group, self._generate(inputs, self.examples[group[0]].task), strict=True):
                     answers[index] = answer
+                realised[trace.counts] += len(group)
         scores = (SCORERS[e.task](answer, e.answer) for answer, e in zip(answers, self.examples, strict=True))
-        return Scores(tuple(answers), tuple(scores))
+        return Scores(tuple(answers), tuple(scores), tuple(sorted(realised.items())))
 
     def _generate(self, inputs: dict[str, Any], task: str) -> list[str]:
         with torch.inference_mode():
@@ -185,6 +202,7 @@ class EvaluatorPool:
         """All scores of a plan on a split, in the order of its examples. Raises what a worker raised."""
         shards = self._shards[split]
         found: dict[int, tuple[str, float]] = {}
+        realised: Counter[tuple[int, ...]] = Counter()
         try:
             for pipe in self._pipes:
                 pipe.send((plan, split))
@@ -198,8 +216,9 @@ class EvaluatorPool:
             if isinstance(part, Exception):
                 raise part
             found.update(zip(shard, zip(part.answers, part.scores, strict=True), strict=True))
+            realised.update(dict(part.realised))
         answers, scores = zip(*(found[index] for index in range(len(found))), strict=True)
-        return Scores(answers, scores)
+        return Scores(answers, scores, tuple(sorted(realised.items())))
 
 
 def _shards(examples: Sequence[Example], num_workers: int) -> list[list[int]]:

@@ -42,7 +42,7 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
     space = SearchSpace.load(config.space)
     progress("loading the model", 0, 0, None)
     check_out(config)
-    bench = Bench(config, splits)
+    bench = Bench(config, splits, config.limit)
     progress("measuring dense", 0, 0, None)
     floor, limit = _feasible_limit(bench, config)
     name = _study_name(bench, config, space)
@@ -100,38 +100,38 @@ class _Job:
     def search(self, floor: float, limit: float) -> None:
         if "limit" not in self._study.notes:
             self._begin(floor, limit)
-        notes, identity = self._study.notes, self._bench.anatomy.identity
+        notes, num_layers = self._study.notes, self._bench.anatomy.identity.num_layers
         limit = notes["limit"]
-        latency = LatencyModel(notes["floor"], identity.num_layers, identity.num_image_tokens)
+        latency = LatencyModel(notes["floor"], num_layers, self._bench.key.image_tokens)
         for name, plan in self._fixed_plans(latency, notes["calibrated_layers"], limit).items():
             self._study.enqueue(name, plan)
         self._say("encoding the pictures of `select`")
         while self._study.num_done < self._config.num_trials:
             number, name, asked = self._study.ask(self._space)
             if not isinstance(asked, Plan):
-                asked = latency.solve(self._space.schedule(asked, identity.num_layers), asked["budget"] * limit)
+                asked = latency.solve(self._space.schedule(asked, num_layers), asked["budget"] * limit)
             self._study.tell(self._try(number, name, asked, limit))
             self._say("searching")
 
     def _begin(self, floor: float, limit: float) -> None:
         """What the whole study rests on, measured once: the latency model and the calibrated layers."""
         self._say("calibrating")
-        identity = self._bench.anatomy.identity
-        hand_set = presets.btp(identity.num_layers)
-        fitted = LatencyModel(floor, identity.num_layers, identity.num_image_tokens)
+        num_layers, num_image_tokens = self._bench.anatomy.identity.num_layers, self._bench.key.image_tokens
+        hand_set = presets.btp_released(num_layers)
+        fitted = LatencyModel(floor, num_layers, num_image_tokens)
         probes: list[tuple[Plan, float]] = []
         for _ in range(3):  # the plan as it stands, then twice where the limit seems to be
             plan = fitted.solve(rescale(hand_set), HEADROOM * limit) if probes else hand_set
             probes.append((plan, self._bench.ratio(plan)[0].value))
-            fitted = LatencyModel.fit(probes, identity.num_layers, identity.num_image_tokens)
+            fitted = LatencyModel.fit(probes, num_layers, num_image_tokens)
         self._study.note("floor", fitted.floor)
         self._study.note("calibrated_layers", self._bench.calibrated_layers(len(hand_set.stages)))
         self._study.note("limit", limit)
 
     def _fixed_plans(self, latency: LatencyModel, calibrated: Sequence[int], limit: float) -> dict[str, Plan]:
-        """What every study tries: the paper's plan as it stands, and scaled to the limit with its controls."""
+        """What every study tries: the released code's plan as it stands, and scaled to the limit with its controls."""
         num_layers = self._bench.anatomy.identity.num_layers
-        hand_set, found = presets.btp(num_layers), presets.btp(num_layers, layers=calibrated)
+        hand_set, found = presets.btp_released(num_layers), presets.btp_released(num_layers, layers=calibrated)
         at_limit = latency.solve(rescale(hand_set), HEADROOM * limit)
         return {
             "hand-set": hand_set,
@@ -206,13 +206,13 @@ def _rivals(bench: Bench, study: Study, champion: Told, say: Callable[[str], Non
 def _row(
     bench: Bench, table: ScoreTable, name: str, plan: Plan, scores: Sequence[float], dense: Sequence[float]
 ) -> Row:
-    anatomy = bench.anatomy
-    counts = tokens_per_layer(plan, anatomy.identity.num_layers, anatomy.identity.num_image_tokens)
+    decoder = bench.anatomy.decoder
+    counts = tokens_per_layer(plan, decoder.num_layers, bench.key.image_tokens)
     worst_task, worst = table.worst_task(scores, dense)
     return Row(
         name=name,
         plan=plan,
-        image_gflops=image_token_flops(counts, anatomy.hidden_size, anatomy.intermediate_size) / 1e9,
+        image_gflops=image_token_flops(counts, decoder.hidden_size, decoder.intermediate_size) / 1e9,
         latency=bench.ratio(plan, 2)[0] if plan.stages else Interval(1.0, 1.0, 1.0),
         macro=table.macro(scores),
         worst_task=worst_task,

@@ -1,8 +1,9 @@
-"""Pictures of a study: the front as PNG, and as an interactive page that needs no network."""
+"""Pictures: a study's front as PNG and as an interactive page that needs no network, and a comparison as PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,36 @@ from autotune.config import Limit
 from autotune.objective import Told, front
 from btp.plan import Plan
 
-__all__ = ["write_front"]
+__all__ = ["Point", "write_comparison", "write_front"]
 
 FIXED = {"hand-set": "s", "hand-set at limit": "P", "hand-set, calibrated layers": "X", "random": "v", "uniform": "^"}
+WEIGHTED = ("joint", "balanced")  # selectors that attention_weight means something to
 SCORE = "macro accuracy on `select`"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+MARKERS = "*oosDvP^X<>ds"
+LABEL_GAP = 0.062  # of a panel's height, from one label to the next
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One system in one panel. ratio, score: lower bound, value, upper bound. style: one a system, 0 for dense."""
+
+    name: str
+    style: int
+    ratio: tuple[float, float, float]
+    score: tuple[float, float, float]
+
+    @property
+    def color(self) -> str:
+        return COLORS[(self.style - 1) % len(COLORS)] if self.style else "black"
 
 
 def describe(plan: Plan) -> str:
-    """The schedule in one line a stage: layer, share kept, selector, lambda."""
+    """The schedule in one line a stage: layer, share kept, selector, and lambda where the selector has one."""
     return "<br>".join(
-        f"before layer {s.layer}: keep {s.keep:.2f}, {s.selector}, lambda {s.attention_weight:.2f}" for s in plan.stages
+        f"before layer {s.layer}: keep {s.keep:.2f}, {s.selector}"
+        + (f", lambda {s.attention_weight:.2f}" if s.selector in WEIGHTED else "")
+        for s in plan.stages
     )
 
 
@@ -107,3 +128,71 @@ def _points(members: Sequence[Told], size: int) -> dict[str, Any]:
         "hovertext": texts,
         "hoverinfo": "text",
     }
+
+
+def write_comparison(panels: Mapping[str, Sequence[Point]], score: str, path: Path) -> None:
+    """Write the panels, score over measured latency, one below the other, every point labelled at the right edge."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.6 + 4.2 * len(panels)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels), sharex=True, squeeze=False)
+    for axes, (title, points) in zip(grid[:, 0], panels.items(), strict=True):
+        for point in points:
+            _draw_point(axes, point)
+        axes.axvline(1.0, color="0.6", linestyle=":", linewidth=1)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylabel(score)
+        axes.grid(alpha=0.3)
+    grid[-1, 0].set_xlabel("prefill p50, ratio to dense (measured)")
+    for axes, points in zip(grid[:, 0], panels.values(), strict=True):
+        _label_points(axes, points)
+    figure.savefig(path)
+
+
+def _draw_point(axes: Any, point: Point) -> None:
+    (x_low, x, x_high), (y_low, y, y_high) = point.ratio, point.score
+    marker = MARKERS[point.style % len(MARKERS)]
+    axes.errorbar(
+        *(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]]),
+        fmt=marker,
+        color=point.color,
+        markersize=13 if marker == "*" else 7,
+        elinewidth=0.7,
+        alpha=0.9,
+    )
+
+
+def _label_points(axes: Any, points: Sequence[Point]) -> None:
+    """Names in a column right of the panel, in the order of the scores, each with a line to its point."""
+    low, high = axes.get_ylim()
+    ordered = sorted(points, key=lambda point: (point.score[1], -point.ratio[1]))
+    heights = _spread([(point.score[1] - low) / (high - low) for point in ordered])
+    for point, height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            point.name,
+            xy=(point.ratio[1], point.score[1]),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            fontsize=9,
+            color=point.color,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": point.color, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4},
+        )
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Rising heights moved apart to at least `LABEL_GAP`, crowds about their own middle, all within [0, 1] if they fit.
+
+    Less index x gap, they must not fall: isotonic regression by pooling neighbours that do.
+    """
+    pools: list[list[float]] = []
+    for index, height in enumerate(heights):
+        pool = [height - index * LABEL_GAP]
+        while pools and sum(pools[-1]) * len(pool) > sum(pool) * len(pools[-1]):
+            pool = pools.pop() + pool
+        pools.append(pool)
+    highest = max(0.0, 1 - LABEL_GAP * (len(heights) - 1))
+    level = [min(max(sum(pool) / len(pool), 0.0), highest) for pool in pools for _ in pool]
+    return [base + index * LABEL_GAP for index, base in enumerate(level)]

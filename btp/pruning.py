@@ -160,8 +160,8 @@ class _Hooks:
         if prompt is not None and told and bool(self._anatomy.image_mask(prompt).any()):
             raise RealizationError(
                 "all image tokens must come in one prefill into an empty cache, got some on a filled one; prefill the "
-                "whole conversation at once, without prefill_chunk_size; after a stage before layer 0 `generate` cannot "
-                "tell how much of a conversation is cached, so hand model(...) the new tokens alone"
+                "whole conversation at once, without prefill_chunk_size; after a stage before layer 0 `generate` "
+                "cannot tell how much of a conversation is cached, so hand model(...) the new tokens alone"
             )
         return layout_of(cache, len(self._anatomy.layers))
 
