@@ -21,6 +21,8 @@ import btp
 from autotune.config import AutotuneError
 from autotune.data import Example
 from autotune.tasks import SCORERS
+from btp.encoding import join_pictures, split_pictures
+from btp.families import anatomy_of
 from btp.plan import Plan
 from btp.prefix import encode_images
 
@@ -110,52 +112,49 @@ class Evaluator:
             num_tokens = len(processor.tokenizer.encode(e.answer, add_special_tokens=False))
             longest[e.task] = max(longest[e.task], num_tokens)
         self._max_new_tokens = {task: num_tokens + 4 for task, num_tokens in longest.items()}
-        self._encoded = self._encode_images()
+        self._encoded: dict[str, Any] = {}  # by picture; empty where the model takes none, or they do not come apart
+        self._num_image_tokens: dict[str, int] = {}  # by picture
+        self._encode_images()
         self._batches = cache(self._prepare)
         self._batches(BATCH_SIZE)
 
     def _prepare(self, batch_size: int) -> list[tuple[list[int], dict[str, Any]]]:
-        order = sorted(range(len(self.examples)), key=self._batch_key)
         groups: list[list[int]] = []
-        for index in order:
-            same_task = groups and self.examples[groups[-1][0]].task == self.examples[index].task
-            if same_task and len(groups[-1]) < batch_size:
+        for index in sorted(range(len(self.examples)), key=self._batch_key):
+            alike = groups and self._batch_key(groups[-1][0])[:2] == self._batch_key(index)[:2]
+            if alike and len(groups[-1]) < batch_size:
                 groups[-1].append(index)
             else:
                 groups.append([index])
         return [(group, self._batch([self.examples[i] for i in group])) for group in groups]
 
-    def _batch_key(self, index: int) -> tuple[str, int, int]:
+    def _batch_key(self, index: int) -> tuple[str, int, int, int]:
+        """Rows of a batch need one task and equally many image tokens."""
         example = self.examples[index]
-        return example.task, len(example.question), index
+        return example.task, self._num_image_tokens[example.image_id], len(example.question), index
 
-    def _encode_images(self) -> dict[str, Any]:
-        """Per picture the model's inputs that carry it, encoded once however often it is asked about."""
+    def _encode_images(self) -> None:
+        """Each picture once, however often it is asked about."""
         firsts = list({e.image_id: e for e in self.examples}.values())
-        encoded: dict[str, Any] = {}
+        anatomy = anatomy_of(self._model)
         for start in range(0, len(firsts), IMAGES_AT_ONCE):
             chunk = firsts[start : start + IMAGES_AT_ONCE]
+            names = [e.image_id for e in chunk]
             inputs = prompt_inputs(self._processor, chunk, self._device)
+            self._num_image_tokens.update(zip(names, anatomy.image_mask(inputs).sum(dim=1).tolist(), strict=True))
             with torch.inference_mode():
-                inputs = encode_images(self._model, inputs)
-            if "mm_encoder_outputs" not in inputs:  # this version of transformers encodes with every prompt
-                return {}
-            features = inputs["mm_encoder_outputs"]["image"].pooler_output
-            encoded.update(zip((e.image_id for e in chunk), features, strict=True))
-        return encoded
+                encoded = encode_images(self._model, inputs).get("mm_encoder_outputs")
+            pictures = None if encoded is None else split_pictures(encoded["image"])
+            if pictures is not None:
+                self._encoded.update(zip(names, pictures, strict=True))
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Any]:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         inputs = prompt_inputs(self._processor, examples, self._device)
         if not self._encoded:
             return inputs
-        del inputs["pixel_values"]
-        features: Any = [
-            self._encoded[e.image_id] for e in examples
-        ]  # a list of pictures, as get_image_features gives it
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        return inputs
+        pictures = join_pictures([self._encoded[e.image_id] for e in examples])
+        kept = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
+        return {**kept, "mm_encoder_outputs": {"image": pictures}}
 
     def __call__(self, plan: Plan) -> Scores:
         """All scores of a plan, in the order of the examples."""

@@ -33,7 +33,8 @@ __all__ = [
 
 _REFERENCE_DEPTH = 32
 _QWEN_DEPTH = 28
-_OVERSAMPLE = (3.7, 1.5, 1.2)  # BTP's k'/k by stage, in its code
+_OVERSAMPLE = (3.7, 1.5, 1.2)  # BTP's k'/k by stage, in its code, where k is the share chosen by attention
+_CANDIDATES = (3.7 * 0.3, 1.5 * 0.9, 1.2)  # the same candidates, by what the stage keeps in all
 
 
 def scale_layers(layers: Sequence[int], num_layers: int, *, reference_depth: int = _REFERENCE_DEPTH) -> tuple[int, ...]:
@@ -65,10 +66,12 @@ def btp_paper(
 
     layers: the stage layers. The paper finds them on 64 samples and prints none: pass what
     `btp.calibration.stage_layers` found. Until then they are its code's, 3, 6, 14 of 32 (Qwen2.5-VL: 3, 6, 15, 22 of
-    28), scaled. Lambda is the paper's by family and stage; oversampling and the grid seeds, half of what the first
-    stage keeps (144 of 288), are its code's. For Qwen2.5-VL the paper has four lambdas and ends at 25 % and 12.5 %;
-    halving backwards gives 50 % before these, and 75 % for the first stage is our choice, as is 1.0 for its fourth
-    oversampling. How the objective is maximised is ours too: see the selector `joint`.
+    28), scaled. Lambda is the paper's by family and stage. Oversampling and the grid seeds, half of what the first
+    stage keeps (144 of 288), are its code's: there the candidates are 3.7, 1.5 and 1.2 times the tokens chosen by
+    attention, which are .3, .9 and all of a stage's, so 1.11, 1.35 and 1.2 times what the stage keeps. For Qwen2.5-VL
+    the paper has four lambdas and ends at 25 % and 12.5 %; halving backwards gives 50 % before these, and 75 % for the
+    first stage is our choice, as is 1.0 for its fourth oversampling. How the objective is maximised is ours too: see
+    the selector `joint`.
     Raises PlanError for an unknown family and for another number of layers than the family has stages.
     """
     weights = {
@@ -82,7 +85,7 @@ def btp_paper(
         reference = ((3, 6, 15, 22), _QWEN_DEPTH) if qwen else ((3, 6, 14), _REFERENCE_DEPTH)
         layers = scale_layers(reference[0], num_layers, reference_depth=reference[1])
     keep = (3 / 4, 1 / 2, 1 / 4, 1 / 8) if qwen else (1 / 2, 1 / 4, 1 / 8)
-    oversample = (*_OVERSAMPLE, 1.0) if qwen else _OVERSAMPLE
+    oversample = (*_CANDIDATES, 1.0) if qwen else _CANDIDATES
     stages = _stages("joint", layers, keep, weights[family], oversample)
     return Plan(stages=(replace(stages[0], seeds=0.5), *stages[1:]))
 

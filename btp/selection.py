@@ -63,8 +63,8 @@ def joint(tokens: ImageTokens, num_keep: int, stage: Stage) -> Tensor:
 
     a is attention, min-max normalised over the entering tokens; d is half the smallest distance 1 - cosine to the
     picks so far, to the nearest other token for the first. Both are in [0, 1], so w = 1 is `attention` and w = 0 is
-    `diversity`. With stage.oversample > 1, (1 + a) / 2 stands for a where a token is one of the round(oversample * k)
-    best attended and of index < N / 2, and a / 2 elsewhere: at w = 1 that is position re-balancing. The first
+    `diversity`. With stage.oversample > 1 positions are re-balanced as in `attention`: the attention values stay what
+    they are, but the highest goes to the token that is first in the re-balanced order, and so on. The first
     round(stage.seeds * k) tokens are those that farthest-first on the grid reaches earliest (spatial initialisation).
     Source: arXiv 2505.22038, which sums attention and takes max-min diversity over all stages, gives the two no
     common scale and no algorithm for the sum; scale and greedy order are ours. The released code splits the count.
@@ -196,16 +196,13 @@ def _attended(score_BN: Tensor, num_pick: int, oversample: float, boundary: int,
 
 
 def _merit(tokens: ImageTokens, num_keep: int, stage: Stage) -> Tensor:
-    """`joint`'s attention term, in [0, 1], lifted by position where stage.oversample > 1. (B, N)"""
+    """`joint`'s attention term, in [0, 1]: the attention values, handed out in the re-balanced order. (B, N)"""
     score_BN = _attention(tokens, stage).float()
-    low_B1 = score_BN.amin(dim=1, keepdim=True)
-    span_B1 = score_BN.amax(dim=1, keepdim=True) - low_B1
-    merit_BN = (score_BN - low_B1) / span_B1.masked_fill(span_B1 == 0, 1.0)
-    if stage.oversample == 1.0:
-        return merit_BN
-    candidate_BC = ops.top_indices(score_BN, round_half_up(stage.oversample * num_keep))
-    early_BC = (candidate_BC < _half(score_BN)).to(merit_BN.dtype)
-    return (merit_BN + torch.zeros_like(merit_BN).scatter(1, candidate_BC, early_BC)) / 2
+    order_BN = _attended(score_BN, num_keep, stage.oversample, _half(score_BN), everyone=True)
+    value_BN = score_BN.sort(dim=1, descending=True).values
+    low_B1, span_B1 = value_BN[:, -1:], value_BN[:, :1] - value_BN[:, -1:]
+    merit_BN = (value_BN - low_B1) / span_B1.masked_fill(span_B1 == 0, 1.0)
+    return torch.zeros_like(merit_BN).scatter(1, order_BN, merit_BN)
 
 
 def _spread_on_grid(tokens: ImageTokens, num_pick: int, picked: list[Tensor]) -> Tensor:

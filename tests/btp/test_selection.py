@@ -129,13 +129,13 @@ def naive_balanced(row, num_keep, stage):
 def naive_joint(row, num_keep, stage):
     scores = row.scores[stage.attention]
     low, high = min(scores), max(scores)
-    candidates = sorted(row.all, key=lambda i: (-scores[i], i))[: nearest_half_up(stage.oversample * num_keep)]
+    by_score = sorted(row.all, key=lambda i: (-scores[i], i))
+    candidates = by_score[: nearest_half_up(stage.oversample * num_keep)] if stage.oversample > 1 else []
+    early = [i for i in candidates if i < len(row.all) / 2]
+    heirs = dict(zip([*early, *(i for i in by_score if i not in early)], by_score, strict=True))
 
     def merit(i):
-        share = (scores[i] - low) / (high - low) if high > low else 0.0
-        if stage.oversample == 1:
-            return share
-        return (1 + share) / 2 if i in candidates and i < len(row.all) / 2 else share / 2
+        return (scores[heirs[i]] - low) / (high - low) if high > low else 0.0
 
     seeds = naive_spread(row, nearest_half_up(stage.seeds * num_keep))
     return seeds + naive_farthest_first(row, num_keep - len(seeds), seeds, merit, stage.attention_weight)
