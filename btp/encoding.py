@@ -7,10 +7,10 @@ Shapes: N image tokens of a prompt.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, partial, wraps
 from typing import Any, cast
 
 import torch
@@ -26,13 +26,19 @@ _ATTRIBUTE = "_btp_notes"
 
 @dataclass(frozen=True, eq=False)
 class Notes:
-    """Of the pictures encoded together, in order. grids: a picture each; None where all pictures have the model's own.
+    """Of the pictures encoded together, in order.
 
-    cls_attention: one value an image token, all pictures in a row, (sum of N,); None where the encoder has no [CLS].
+    grids: a picture each; None where all pictures have the model's own. read_cls_attention: None where the encoder has
+    no [CLS].
     """
 
     grids: tuple[Grids, ...] | None
-    cls_attention: Tensor | None
+    read_cls_attention: Callable[[], Tensor] | None
+
+    @cached_property
+    def cls_attention(self) -> Tensor | None:
+        """One value an image token, all pictures in a row; worked out when it is first asked for. (sum of N,)"""
+        return None if self.read_cls_attention is None else self.read_cls_attention()
 
 
 def notes_of(encoded: object) -> Notes | None:
@@ -73,11 +79,10 @@ def noting(anatomy: Anatomy, latest: list[Notes]) -> Iterator[None]:
 
 def _notes(anatomy: Anatomy, inputs: Mapping[str, Any], recorded: Mapping[str, Tensor]) -> Notes:
     grids = None if anatomy.picture_grids is None else tuple(anatomy.picture_grids(inputs))
-    cls_attention = None
-    if anatomy.cls_attention is not None:
-        with torch.no_grad():
-            cls_attention = anatomy.cls_attention.read(recorded["query"], recorded["key"], inputs)
-    return Notes(grids, cls_attention)
+    if anatomy.cls_attention is None:
+        return Notes(grids, None)
+    read = torch.no_grad()(anatomy.cls_attention.read)
+    return Notes(grids, partial(read, recorded["query"].detach(), recorded["key"].detach(), inputs))
 
 
 def split_pictures(encoded: Any) -> list[Any] | None:
@@ -86,9 +91,10 @@ def split_pictures(encoded: Any) -> list[Any] | None:
     if isinstance(features, Tensor) or notes is None or getattr(encoded, "deepstack_features", None) is not None:
         return None
     grids = [None if notes.grids is None else (own,) for own in notes.grids or features]
-    sizes = [len(picture) for picture in features]
-    cls_attention = [None] * len(sizes) if notes.cls_attention is None else notes.cls_attention.split(sizes)
-    return [(picture, Notes(*own)) for picture, *own in zip(features, grids, cls_attention, strict=True)]
+    parts: Sequence[Tensor | None] = [None] * len(features)
+    if notes.cls_attention is not None:
+        parts = notes.cls_attention.split([len(picture) for picture in features])
+    return [(picture, _known(own, part)) for picture, own, part in zip(features, grids, parts, strict=True)]
 
 
 def join_pictures(pictures: Sequence[Any]) -> Any:
@@ -96,9 +102,13 @@ def join_pictures(pictures: Sequence[Any]) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     features: Any = [picture for picture, _ in pictures]
-    all_notes = [notes for _, notes in pictures]
-    grids = None if all_notes[0].grids is None else tuple(own for notes in all_notes for own in notes.grids)
-    cls_attention = None if all_notes[0].cls_attention is None else torch.cat([n.cls_attention for n in all_notes])
+    notes = [own for _, own in pictures]
+    grids = None if notes[0].grids is None else tuple(grids for own in notes for grids in own.grids)
+    parts = [own.cls_attention for own in notes]
     encoded = BaseModelOutputWithPooling(pooler_output=features)
-    setattr(encoded, _ATTRIBUTE, Notes(grids, cls_attention))
+    setattr(encoded, _ATTRIBUTE, _known(grids, None if parts[0] is None else torch.cat(parts)))
     return encoded
+
+
+def _known(grids: tuple[Grids, ...] | None, cls_attention: Tensor | None) -> Notes:
+    return Notes(grids, None if cls_attention is None else lambda: cls_attention)
