@@ -23,7 +23,8 @@ from autotune.evaluation import Scores, is_conditional
 from autotune.report import Point, write_comparison
 from autotune.results import Comparison, Result
 from btp import presets
-from btp.cost import fit_flops, image_token_flops, kv_cache_bytes, mean_tokens, token_counts, tokens_per_layer
+from btp.budget import fit_flops
+from btp.cost import image_token_flops, kv_cache_bytes, mean_tokens, token_counts, tokens_per_layer
 from btp.plan import Plan, round_half_up
 from btp.presets import SYSTEMS
 
