@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,10 +44,20 @@ class LatencyModel:
     def solve(self, schedule: Callable[[float], Plan], ratio: float) -> Plan:
         """The plan of a family, ever shorter as its argument rises from 0, that keeps most within `ratio`.
 
-        Bisection on the argument in [0, 64]; the shortest plan where even that one is over.
+        Bisection on the argument in [0, 64]; the shortest plan where even that one is over. A stage that keeps any
+        keeps at least one token.
         """
         low, high = 0.0, 64.0
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if self.ratio(schedule(middle)) > ratio else (low, middle)
-        return schedule(high)
+        return self._with_a_token(schedule(high))
+
+    def _with_a_token(self, plan: Plan) -> Plan:
+        """Keep fractions at or over what rounds to one token, falling from stage to stage as they must."""
+        least = [(1 - 0.25 * index / len(plan.stages)) / self.num_image_tokens for index in range(len(plan.stages))]
+        stages = (
+            replace(stage, keep=max(stage.keep, share)) if stage.keep else stage
+            for stage, share in zip(plan.stages, least, strict=True)
+        )
+        return replace(plan, stages=tuple(stages))

@@ -67,6 +67,15 @@ def test_rescaling_by_one_is_the_plan_itself() -> None:
     assert [s.keep for s in again.stages] == pytest.approx([s.keep for s in plan.stages])
 
 
+def test_a_budget_out_of_reach_still_leaves_a_token() -> None:
+    hand_set = presets.btp_released(8)
+    shortest = LATENCY.solve(rescale(hand_set), 0.01)
+    assert shortest.num_kept(256) == (1, 1, 1)
+    assert shortest.num_kept(256) < LATENCY.solve(rescale(hand_set), 0.5).num_kept(256)
+    withdrawal = Plan(stages=(Stage(layer=2, keep=0.5), Stage(layer=5, keep=0.0)))
+    assert LATENCY.solve(lambda _: withdrawal, 0.01) == withdrawal
+
+
 def test_the_latency_model_recovers_a_line() -> None:
     truth = LatencyModel(floor=0.3, num_layers=8, num_image_tokens=256)
     plans = [presets.btp_released(8), presets.fastv(8), Plan(stages=(Stage(layer=0, keep=0.0),))]
