@@ -96,13 +96,12 @@ def mean_tokens(alive_counts: Sequence[int]) -> float:
 def token_counts(plan: Plan, num_layers: int, num_image_tokens: int, *, conditional: bool = True) -> TokenCounts:
     """The plan's image tokens by both ways of counting; `conditional` as for `tokens_per_layer`, for the mean.
 
-    literal is `num_image_tokens` for a plan that prunes nothing or only ever drops everything (VTW).
+    literal is `num_image_tokens` for a plan that prunes nothing, or only ever drops everything after a while (VTW).
     """
-    kept = zip(plan.stages, plan.num_kept(num_image_tokens), strict=True)
-    literal = [count for stage, count in kept if stage.attention_below is None and count]
+    certain = tokens_per_layer(plan, num_layers, num_image_tokens, conditional=False)
     return TokenCounts(
         mean=mean_tokens(tokens_per_layer(plan, num_layers, num_image_tokens, conditional=conditional)),
-        literal=literal[-1] if literal else num_image_tokens,
+        literal=next((count for count in reversed(certain) if count), 0),
     )
 
 

@@ -90,6 +90,7 @@ def test_conditional_stages_count_as_carried_out_or_as_skipped():
         (FASTV, 127.875, 98),
         (PYRAMIDDROP, 270, 72),
         (VTW, 270, 576),
+        (plan_of((0, 0)), 0, 0),
         (TODRE, 126, 144),
     ],
 )
