@@ -20,6 +20,7 @@ from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
 from autotune.reference import WEIGHTS
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
+from btp.errors import PlanError
 from btp.families import anatomy_of
 from btp.latency import device_key, measure, percentile
 from btp.plan import Plan
@@ -119,7 +120,10 @@ class Bench:
 
     def withdrawal_layer(self) -> int | None:
         """The layer before which VTW's search on `calibrate` drops every image token; None where it finds none."""
-        return withdrawal_layer(self.model, self._batches(self.splits["calibrate"], NUM_WITHDRAWAL, 1))
+        try:
+            return withdrawal_layer(self.model, self._batches(self.splits["calibrate"], NUM_WITHDRAWAL, 1))
+        except PlanError:
+            return None
 
     def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
         """Model inputs of examples drawn by the seed, in the order they came."""
