@@ -13,37 +13,42 @@ __all__ = ["fit_flops"]
 def fit_flops(
     plan: Plan, target: float, *, num_layers: int, num_image_tokens: int, hidden_size: int, intermediate_size: int
 ) -> Plan:
-    """The same system at another budget: the dearest plan of one family whose image tokens cost at most `target`.
+    """The same system, whose image tokens cost at most `target` by `image_token_flops`, and as nearly that as it can.
 
-    The cost is `image_token_flops` of `tokens_per_layer`, with conditional stages counted as skipped. The family has
-    one parameter. Over most of its range that is a factor on every keep fraction, capped at 1. Where even keeping
-    nothing is too dear, the stage layers are first moved up by the largest common factor at which it is not; where a
-    plan ends in keep=0 and the cap leaves budget over, as with VTW, they are moved down. Layers are rounded half up
-    and stay distinct. Everything else a stage says stays as it is, and so do conditional stages, layer included.
+    First keep fractions and stage layers are multiplied by one common factor, the largest that is affordable: a dearer
+    plan of the same shape keeps more for longer. Then, because layers are whole, the keep fractions alone are
+    multiplied by the largest factor that is still affordable there. A stage that keeps any keeps at least one token,
+    and one that drops all (VTW) only moves; such a plan comes as near to the target as whole layers allow. A stage
+    inside the decoder stays inside it, behind layer 0, unless that layer alone costs more than the target.
 
-    The keep fractions of the result are whole tokens of `num_image_tokens`, each within one token of the exact
-    budget's. Stages that remove nothing any more are left out: at a target of dense or more, all of them.
+    Layers are rounded half up and stay distinct; keep fractions come out as whole tokens of `num_image_tokens`. Stages
+    that remove nothing any more are left out: at a target of dense or more, all of them. Conditional stages stay as
+    they are, layer included, and count as skipped.
 
-    Raises PlanError when the target is not positive, when a stage lies beyond the last layer, when no stage is always
-    carried out, and when a conditional stage keeps any.
+    Raises PlanError when the target is not positive or out of reach, when a stage lies beyond the last layer, when no
+    stage is always carried out, and when a conditional stage keeps any.
     """
     tokens_per_layer(plan, num_layers, num_image_tokens)
     _check_fittable(plan, target)
 
     def fitted(keep_factor: float, layer_factor: float) -> Plan:
-        return _scaled(plan, keep_factor, layer_factor, num_layers, num_image_tokens)
+        return _scaled(plan, keep_factor, layer_factor, first_inside, num_layers, num_image_tokens)
 
-    def affordable(keep_factor: float, layer_factor: float) -> bool:
-        scaled = fitted(keep_factor, layer_factor)
+    def affordable(scaled: Plan) -> bool:
         counts = tokens_per_layer(scaled, num_layers, num_image_tokens, conditional=False)
         return image_token_flops(counts, hidden_size, intermediate_size) <= target
 
-    layer_factor, keep_most = 1.0, 1.0 / min((stage.keep for stage in plan.stages if stage.keep), default=1.0)
-    if not affordable(0.0, 1.0):
-        layer_factor = _largest(lambda factor: affordable(0.0, factor), 1.0)
-    elif affordable(keep_most, 1.0):
-        layer_factor = _largest(lambda factor: affordable(keep_most, factor), float(num_layers))
-    return fitted(_largest(lambda factor: affordable(factor, layer_factor), keep_most), layer_factor)
+    first_inside = 1  # the first layer a stage inside the decoder may move to
+    if not affordable(fitted(0.0, 0.0)):
+        first_inside = 0
+    if not affordable(fitted(0.0, 0.0)):
+        raise PlanError(
+            f"target must pay for one token of each stage that keeps any, got {target:g} FLOPs for {plan.stages}; "
+            "ask for more"
+        )
+    highest = float(num_layers * num_image_tokens)  # past it every stage either keeps all or lies beyond the end
+    factor = _largest(lambda factor: affordable(fitted(factor, factor)), highest)
+    return fitted(_largest(lambda keep_factor: affordable(fitted(keep_factor, factor)), highest), factor)
 
 
 def _check_fittable(plan: Plan, target: float) -> None:
@@ -55,15 +60,18 @@ def _check_fittable(plan: Plan, target: float) -> None:
         raise PlanError(f"a conditional stage must have keep=0 to be fitted, got {plan.stages}; set its keep to 0")
 
 
-def _scaled(plan: Plan, keep_factor: float, layer_factor: float, num_layers: int, num_image_tokens: int) -> Plan:
+def _scaled(
+    plan: Plan, keep_factor: float, layer_factor: float, first_inside: int, num_layers: int, num_image_tokens: int
+) -> Plan:
     """The plan with its keep fractions and layers times a factor, less the stages that then remove nothing."""
     stages, layer, alive = [], -1, num_image_tokens
     for stage in plan.stages:
         if stage.attention_below is None:
-            layer = max(layer + 1, round_half_up(stage.layer * layer_factor))
+            layer = max(layer + 1, min(stage.layer, first_inside), round_half_up(stage.layer * layer_factor))
         else:
             layer = stage.layer
         count = round_half_up(min(1.0, stage.keep * keep_factor) * num_image_tokens)
+        count = max(count, 1) if stage.keep else 0
         if layer < num_layers and count < alive:
             stages.append(replace(stage, layer=layer, keep=count / num_image_tokens))
             alive = count

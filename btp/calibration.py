@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from btp.errors import PlanError
+from btp.errors import PlanError, RealizationError
 from btp.families import anatomy_of
 from btp.plan import Plan, Stage
-from btp.pruning import prune
+from btp.pruning import is_pruned, prune
 
 __all__ = ["cosine_shift", "stage_layers", "withdrawal_layer"]
 
@@ -28,14 +28,19 @@ def cosine_shift(model: nn.Module, batches: Iterable[Mapping[str, Any]], tau: fl
     them. Runs the dense model, so call it outside `prune`.
     """
     anatomy = anatomy_of(model)
+    if is_pruned(model):
+        raise RealizationError("calibration must see the dense model, got one inside prune(); leave the `with`")
     shifted = torch.zeros(len(anatomy.layers), dtype=torch.long, device=next(model.parameters()).device)
+    num_seen = 0
     for batch in batches:
         image_mask_BS = anatomy.image_mask(batch)
+        num_seen += int(image_mask_BS.sum())
         with ExitStack() as cleanup:
             for index, layer in enumerate(anatomy.layers):
                 count = partial(_count_shifted, shifted[index], image_mask_BS, tau)
                 cleanup.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
             model(**batch, use_cache=False, logits_to_keep=1)
+    _check_seen(num_seen)
     return [int(count) for count in shifted.tolist()]
 
 
@@ -59,14 +64,17 @@ def stage_layers(shifts: Sequence[int], num_stages: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def withdrawal_layer(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_kl: float = 0.003) -> int | None:
-    """VTW's `findk`: the earliest layer before which all image tokens can go; None where there is none.
+def withdrawal_layer(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_kl: float = 0.003) -> int:
+    """VTW's `findk`: the earliest layer before which all image tokens can go.
 
     There, the Kullback-Leibler divergence (nats) of the next token's distribution from the dense model's, averaged over
-    the prompts, is at most max_kl. batches: model inputs, padded on the left if at all; the paper uses 20 samples.
-    Layer 0 is never tried: before it the model would be blind.
+    the prompts, is at most max_kl, of which the default is ours. batches: model inputs, padded on the left if at all;
+    the paper uses 20 samples. Layer 0 is never tried: before it the model would be blind.
+
+    Raises PlanError where no layer will do, RealizationError for prompts without images.
     """
     prompts = list(batches)
+    _check_seen(sum(int(anatomy_of(model).image_mask(batch).sum()) for batch in prompts))
     dense = [_next_token(model, batch) for batch in prompts]
     num_prompts = sum(len(log_prob_BV) for log_prob_BV in dense)
     for layer in range(1, len(anatomy_of(model).layers)):
@@ -75,7 +83,15 @@ def withdrawal_layer(model: nn.Module, batches: Iterable[Mapping[str, Any]], max
         pairs = zip(blind, dense, strict=True)
         if sum(float(kl_div(b, d, reduction="sum", log_target=True)) for b, d in pairs) <= max_kl * num_prompts:
             return layer
-    return None
+    raise PlanError(
+        f"a layer must bring the divergence from dense to at most {max_kl:g} nats, but none does; raise max_kl, or "
+        "keep image tokens to the end"
+    )
+
+
+def _check_seen(num_image_tokens: int) -> None:
+    if not num_image_tokens:
+        raise RealizationError("calibration needs prompts with images, got no image token in any batch; pass some")
 
 
 def _next_token(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -25,7 +25,11 @@ def attach_layout(cache: object, layout: CacheLayout | None) -> None:
 
 
 def layout_of(cache: Any, num_layers: int) -> CacheLayout | None:
-    """What a pruned prefill left in the cache; None for a dense one. Raises when a pruned cache lost its layout."""
+    """What a pruned prefill left in the cache; None for a dense one.
+
+    Raises RealizationError for a cache that lost its layout where that shows: after a cut before layer 0 all layers
+    are of one length, and a cache rebuilt from its tensors cannot be told from a dense one.
+    """
     layout = cast(CacheLayout | None, getattr(cache, _ATTRIBUTE, None))
     if layout is None and cache.get_seq_length(0) != cache.get_seq_length(num_layers - 1):
         raise RealizationError(
@@ -97,15 +101,17 @@ class Decode:
 
     def _checked_mask(self, mask: object) -> Tensor | None:
         """The caller's mask, or None when it hides nothing. Reads the device once a forward, as transformers does."""
-        if not isinstance(mask, Tensor) or (mask.dim() == 2 and bool(mask.all())):
+        if not isinstance(mask, Tensor):
             return None
         length = self._layout.prompt_length + self._num_decoded + self._hidden_BQD.shape[1]
         if mask.shape[-1] != length:
             raise RealizationError(
                 f"attention_mask must cover the whole unpruned sequence, {length} tokens, got {mask.shape[-1]}; "
-                "append a 1 a new token to the prompt's mask, as if nothing had been dropped"
+                "append a 1 a new token to the prompt's mask, as if nothing had been dropped; after a stage before "
+                "layer 0 `generate` cannot tell how much of a conversation is cached: hand model(...) the new tokens "
+                "alone"
             )
-        return mask
+        return None if mask.dim() == 2 and bool(mask.all()) else mask
 
     def _dense_positions(self, given: Tensor | None, received: Tensor | None) -> Tensor:
         """Positions of the new tokens in the unpruned sequence. (B or 1, Q), or (3 or 4, B, Q) with M-RoPE
@@ -132,6 +138,7 @@ def _num_decoded(cache: Any, layout: CacheLayout) -> int:
     if first_count != last_count or first_count < 0:
         raise RealizationError(
             f"every layer's cache must hold its part of the pruned prompt and the same new tokens, got {first_count} "
-            f"new ones in the first layer and {last_count} in the last; prefill again"
+            f"new ones in the first layer and {last_count} in the last: it was cropped, as assisted generation does by "
+            "the unpruned length; leave that off, or prefill again"
         )
     return int(first_count)

@@ -82,7 +82,8 @@ def _notes(anatomy: Anatomy, inputs: Mapping[str, Any], recorded: Mapping[str, T
     if anatomy.cls_attention is None:
         return Notes(grids, None)
     read = torch.no_grad()(anatomy.cls_attention.read)
-    return Notes(grids, partial(read, recorded["query"].detach(), recorded["key"].detach(), inputs))
+    small = {name: value for name, value in inputs.items() if name != "pixel_values"}  # not to keep them alive
+    return Notes(grids, partial(read, recorded["query"].detach(), recorded["key"].detach(), small))
 
 
 def split_pictures(encoded: Any) -> list[Any] | None:

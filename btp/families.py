@@ -98,6 +98,12 @@ def _llava(model: nn.Module) -> Anatomy:
     """LLaVA-1.5: a ViT on square pictures of one size."""
     config = cast(Any, model).config
     side = _tower_side(model)
+    if config.vision_feature_select_strategy != "default" and config.vision_config.model_type == "clip_vision_model":
+        raise UnsupportedModelError(
+            "LLaVA's image tokens must be its patches alone (vision_feature_select_strategy='default'), got "
+            f"'{config.vision_feature_select_strategy}' with a CLIP tower, whose [CLS] token lies on no grid; use a "
+            "checkpoint without it"
+        )
     return _parts(
         model, grid=(side, side), cls_attention=_clip_cls(model, config, lambda value_VP, _: value_VP.flatten())
     )

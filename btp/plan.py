@@ -31,7 +31,8 @@ class Stage:
     selector: a name in `btp.selection.SELECTORS`, checked when the plan is applied.
     attention_weight: the paper's lambda: 1 is all attention, 0 is all diversity. What lies between is the selector's:
     "joint" weighs the two terms of the paper's objective by it, "balanced" splits the count by it.
-    oversample: attention candidates per slot before position re-balancing (the paper's k'/k), at least 1.
+    oversample: attention candidates per slot before position re-balancing (the paper's k'/k), at least 1. A slot is
+    one of the tokens chosen by attention: of all that are kept ("joint", "attention"), or of their share ("balanced").
     attention: which head mean ranks the tokens, that of the "softmax" weights or that of the raw "logits".
     seeds: share of the kept tokens that are put in first, spread over the grid ("joint": BTP's spatial initialisation).
     attention_below: carry the stage out only where the text's attention share on the image and the image's on the text
@@ -48,7 +49,7 @@ class Stage:
     attention_below: float | None = None
 
     def __post_init__(self) -> None:
-        if not str(self.selector).isidentifier():
+        if not isinstance(self.selector, str) or not self.selector.isidentifier():
             raise PlanError(f"selector must be a name such as 'balanced', got {self.selector!r}")
         object.__setattr__(self, "layer", _layer(self.layer))
         object.__setattr__(self, "keep", _number("keep", self.keep, 0.0, 1.0))

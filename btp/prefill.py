@@ -107,7 +107,7 @@ class Prefill:
         self._reading = Reading(anatomy, image_mask_BS, prompt, notes)
         num_image_tokens = self._reading.num_image_tokens
         trace.alive, trace.num_image_tokens = [], num_image_tokens
-        self._cuts = _effective_cuts(plan, num_image_tokens)
+        self._cuts = _cuts(plan, num_image_tokens)
         self._prompt_length = image_mask_BS.shape[1]
         self._image_BN = self._reading.image_BN
         self._origin_BN = torch.arange(num_image_tokens, device=image_mask_BS.device).expand_as(self._image_BN)
@@ -127,8 +127,8 @@ class Prefill:
 
     def enter_layer(self, layer: int, hidden_BLD: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What decoder layer `layer` shall get in place of these hidden states and keyword inputs."""
-        if layer in self._cuts:
-            stage, num_keep = self._cuts[layer]
+        stage, num_keep = self._cuts.get(layer, (None, 0))
+        if stage is not None and num_keep < self._image_BN.shape[1]:  # one that removes nothing changes no bit
             here = self._sliced_inputs(layer, inputs)
             self._reading.enter(layer, hidden_BLD, here, self._image_BN, self._origin_BN)
             if self._is_due(stage):
@@ -195,11 +195,13 @@ class Prefill:
         if num_keep == 0:
             return self._image_BN[:, :0]
         selected_BK = SELECTORS[stage.selector](self._reading.image_tokens(), num_keep, stage)
-        wanted = (self._image_BN.shape[0], num_keep)
-        if selected_BK.shape != wanted or selected_BK.dtype != torch.int64:
+        wanted, came = (self._image_BN.shape[0], num_keep), f"{type(selected_BK).__name__}"
+        if isinstance(selected_BK, Tensor):
+            came = f"{selected_BK.dtype} {tuple(selected_BK.shape)}"
+        if came != f"{torch.int64} {wanted}":
             raise RealizationError(
-                f"a selector must return int64 indices of shape {wanted}, got {selected_BK.dtype} "
-                f"{tuple(selected_BK.shape)} from '{stage.selector}'; run btp.testing.SelectorContract on it"
+                f"a selector must return int64 indices of shape {wanted}, got {came} from '{stage.selector}'; run "
+                "btp.testing.SelectorContract on it"
             )
         distinct = (selected_BK.diff(dim=1) > 0).all()
         inside = (selected_BK[:, 0] >= 0).all() & (selected_BK[:, -1] < self._image_BN.shape[1]).all()
@@ -235,17 +237,15 @@ class Prefill:
         return {**inputs, **self._sliced[kind]}
 
 
-def _effective_cuts(plan: Plan, num_image_tokens: int) -> dict[int, tuple[Stage, int]]:
-    """By layer, the stages that remove at least one token. The others are skipped, so they change no bit."""
+def _cuts(plan: Plan, num_image_tokens: int) -> dict[int, tuple[Stage, int]]:
+    """By layer, the stages that would remove some of all the image tokens, and how many they leave."""
     cuts: dict[int, tuple[Stage, int]] = {}
-    alive = num_image_tokens
     for stage, num_keep in zip(plan.stages, plan.num_kept(num_image_tokens), strict=True):
         if num_keep == 0 < min(stage.keep, num_image_tokens):
             raise RealizationError(
                 f"keep must leave at least one of the prompt's {num_image_tokens} image tokens, or be 0, got "
                 f"{stage.keep:g} before layer {stage.layer}, which rounds to none; raise it, or say 0 to drop them all"
             )
-        if num_keep < alive:
+        if num_keep < num_image_tokens:
             cuts[stage.layer] = (stage, num_keep)
-            alive = num_keep
     return cuts

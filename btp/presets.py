@@ -34,7 +34,7 @@ __all__ = [
 _REFERENCE_DEPTH = 32
 _QWEN_DEPTH = 28
 _OVERSAMPLE = (3.7, 1.5, 1.2)  # BTP's k'/k by stage, in its code, where k is the share chosen by attention
-_CANDIDATES = (3.7 * 0.3, 1.5 * 0.9, 1.2)  # the same candidates, by what the stage keeps in all
+_CANDIDATES = (3.7 * 0.3, 1.5 * 0.9, 1.2)  # LLaVA's candidates by what the stage keeps in all
 
 
 def scale_layers(layers: Sequence[int], num_layers: int, *, reference_depth: int = _REFERENCE_DEPTH) -> tuple[int, ...]:
@@ -70,8 +70,9 @@ def btp_paper(
     stage keeps (144 of 288), are its code's: there the candidates are 3.7, 1.5 and 1.2 times the tokens chosen by
     attention, which are .3, .9 and all of a stage's, so 1.11, 1.35 and 1.2 times what the stage keeps. For Qwen2.5-VL
     the paper has four lambdas and ends at 25 % and 12.5 %; halving backwards gives 50 % before these, and 75 % for the
-    first stage is our choice, as is 1.0 for its fourth oversampling. How the objective is maximised is ours too: see
-    the selector `joint`.
+    first stage is our choice. Its code's candidates, .37, .6 and 1.2 times what the stage keeps, are fewer than are
+    kept in two stages of three, so there positions are not re-balanced: 1.0, 1.0, 1.0 and 1.2. How the objective is
+    maximised is ours too: see the selector `joint`.
     Raises PlanError for an unknown family and for another number of layers than the family has stages.
     """
     weights = {
@@ -85,7 +86,7 @@ def btp_paper(
         reference = ((3, 6, 15, 22), _QWEN_DEPTH) if qwen else ((3, 6, 14), _REFERENCE_DEPTH)
         layers = scale_layers(reference[0], num_layers, reference_depth=reference[1])
     keep = (3 / 4, 1 / 2, 1 / 4, 1 / 8) if qwen else (1 / 2, 1 / 4, 1 / 8)
-    oversample = (*_CANDIDATES, 1.0) if qwen else _CANDIDATES
+    oversample = (1.0, 1.0, 1.0, 1.2) if qwen else _CANDIDATES
     stages = _stages("joint", layers, keep, weights[family], oversample)
     return Plan(stages=(replace(stages[0], seeds=0.5), *stages[1:]))
 
@@ -182,7 +183,9 @@ def todre(
 
     variant: "k_center" is stage 1 of the paper's first version, "max_sum" that of the second. The paper keeps 25 % or
     10 %. drop_below: stage 2 drops all image tokens where the text's attention share on the image and the image's on
-    the text are both under this; None leaves stage 2 out.
+    the text are both under this; None leaves stage 2 out. The shares are means over heads at that layer; ours leave
+    the first token out of what the image attends to, take for text's questions what follows the last image, and want
+    all rows of a batch under the limit, since its layers run as one.
     Raises PlanError for an unknown variant.
     """
     if variant not in ("max_sum", "k_center"):

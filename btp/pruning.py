@@ -23,7 +23,7 @@ from btp.prefill import CacheLayout, Prefill, Promise, Trace, check_promises
 from btp.profile import Profile
 from btp.selection import SELECTORS
 
-__all__ = ["Trace", "prune"]
+__all__ = ["Trace", "is_pruned", "prune"]
 
 _PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models inside a `with prune`
 
@@ -37,6 +37,7 @@ def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
     The logits of a pruned prefill cover the surviving tokens only, in order; the last one is the last prompt token's,
     so `generate` and `logits_to_keep=1` work as ever. Decode inside the same `with`, on the cache the prefill
     returned, with masks and positions as if nothing had been dropped. Prompts without images pass untouched.
+    One thread at a time, and no copies of the model: a copy made inside the `with` keeps its hooks.
 
     Raises UnsupportedModelError, PlanError when the plan does not fit the model, and RealizationError when a forward
     cannot be pruned (labels, static caches, unequal image counts in a batch) or did not do what the plan says.
@@ -58,6 +59,11 @@ def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
             cleanup.callback(handle.remove)
         yield trace
         check_promises(hooks.promises)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether the model is inside a `with prune`."""
+    return anatomy_of(model).multimodal in _PRUNED
 
 
 def _check_plan(plan: Plan, anatomy: Anatomy) -> None:
@@ -113,11 +119,6 @@ class _Hooks:
                 "logits_to_keep must be a count under prune(), got positions: they would point past dropped tokens; "
                 "pass a count, or pick positions from the surviving logits"
             )
-        if kwargs.get("pixel_values_videos") is not None:
-            raise RealizationError(
-                "a prompt under prune() must hold pictures only, got a video, whose tokens no plan speaks of; pass the "
-                "frames as pictures, or leave the `with`"
-            )
 
     def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forward = None
@@ -147,23 +148,32 @@ class _Hooks:
                 "the image tokens cannot be told; call model(input_ids=..., pixel_values=...)"
             )
         check_promises(self.promises)
+        encoded = prompt.get("mm_encoder_outputs") or {}
+        if prompt.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+            raise RealizationError(
+                "a prompt under prune() must hold pictures only, got a video, whose tokens no plan speaks of; pass the "
+                "frames as pictures, or leave the `with`"
+            )
         self._trace.alive, self._trace.num_image_tokens = [], 0
         image_mask_BS = self._anatomy.image_mask(prompt)
-        encoded = (prompt.get("mm_encoder_outputs") or {}).get("image")
-        notes = self.notes.pop() if self.notes else notes_of(encoded)
+        notes = self.notes.pop() if self.notes else notes_of(encoded.get("image"))
         prefill = Prefill(self._anatomy, self._plan, image_mask_BS, prompt, kwargs, notes, self._trace)
         return prefill if self._trace.num_image_tokens else None
 
     def _continued(self, prompt: dict[str, Any] | None, cache: Any, kwargs: dict[str, Any]) -> CacheLayout | None:
         """What a pruned prefill left in the filled cache that new tokens come on top of."""
-        told = prompt is not None and prompt.get("input_ids") is not None and kwargs["inputs_embeds"].shape[1] > 1
-        if prompt is not None and told and bool(self._anatomy.image_mask(prompt).any()):
+        if prompt is not None and kwargs["inputs_embeds"].shape[1] > 1 and self._has_images(prompt):
             raise RealizationError(
                 "all image tokens must come in one prefill into an empty cache, got some on a filled one; prefill the "
                 "whole conversation at once, without prefill_chunk_size; after a stage before layer 0 `generate` "
                 "cannot tell how much of a conversation is cached, so hand model(...) the new tokens alone"
             )
         return layout_of(cache, len(self._anatomy.layers))
+
+    def _has_images(self, prompt: dict[str, Any]) -> bool:
+        if prompt.get("input_ids") is not None:
+            return bool(self._anatomy.image_mask(prompt).any())
+        return prompt.get("pixel_values") is not None or bool(prompt.get("mm_encoder_outputs"))
 
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -24,6 +24,7 @@ class Reading:
     """One prompt with images. `enter` moves it to a stage; the rest reads there.
 
     Everything about the prompt that needs a value on the host is asked for here, in one transfer from the device.
+    Where pads are is read off a 2-D attention mask; beside a ready 4-D one they must be on the left.
     """
 
     def __init__(self, anatomy: Anatomy, image_mask_BS: Tensor, prompt: Mapping[str, Any], notes: Notes | None) -> None:

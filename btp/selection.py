@@ -63,8 +63,9 @@ def joint(tokens: ImageTokens, num_keep: int, stage: Stage) -> Tensor:
 
     a is attention, min-max normalised over the entering tokens; d is half the smallest distance 1 - cosine to the
     picks so far, to the nearest other token for the first. Both are in [0, 1], so w = 1 is `attention` and w = 0 is
-    `diversity`. With stage.oversample > 1 positions are re-balanced as in `attention`: the attention values stay what
-    they are, but the highest goes to the token that is first in the re-balanced order, and so on. The first
+    `diversity`. With stage.oversample > 1 positions are re-balanced as in `attention`: the values of a stay the same
+    set, but the highest goes to the token that is first in the re-balanced order, and so on. At w = 1 equal attention
+    goes by the lower index, not by distance. The first
     round(stage.seeds * k) tokens are those that farthest-first on the grid reaches earliest (spatial initialisation).
     Source: arXiv 2505.22038, which sums attention and takes max-min diversity over all stages, gives the two no
     common scale and no algorithm for the sum; scale and greedy order are ours. The released code splits the count.

@@ -280,6 +280,3 @@ def test_layers_without_a_window_keep_every_token(llava):
     one_layer = kv_cache_bytes(none, (20,) * 4, 10, bytes_per_number=2) // 4
     assert one_layer == 2 * 2 * 8 * 30 * 2  # keys and values, heads, head size, tokens, bytes
     assert kv_cache_bytes(some, (20,) * 4, 10, bytes_per_number=2) == 2 * one_layer + 2 * (one_layer * 7 // 30)
-
-
-# -------------------------------------------------------------------------------------------------- at another budget

@@ -6,6 +6,7 @@ import torch
 from btp import (
     Plan,
     PlanError,
+    RealizationError,
     Stage,
     cosine_shift,
     device_key,
@@ -53,7 +54,22 @@ def test_withdrawal_is_the_earliest_layer_close_enough_to_dense(llava, inputs_fo
     assert all(kl > 0 for kl in divergence.values())
     for limit in (*divergence.values(), max(divergence.values()) * 2, min(divergence.values()) / 2):
         near = [layer for layer, kl in divergence.items() if kl <= limit * (1 + 1e-4)]
-        assert withdrawal_layer(model, batches, limit * (1 + 1e-4)) == (near[0] if near else None)
+        if near:
+            assert withdrawal_layer(model, batches, limit * (1 + 1e-4)) == near[0]
+        else:
+            with pytest.raises(PlanError, match="none does; raise max_kl"):
+                withdrawal_layer(model, batches, limit * (1 + 1e-4))
+
+
+def test_calibration_needs_images_and_the_dense_model(llava, inputs_for):
+    model, text = llava(), {"input_ids": torch.tensor([[1, 5, 9]])}
+    for batches in ([], [text]):
+        with pytest.raises(RealizationError, match="prompts with images"):
+            cosine_shift(model, batches)
+        with pytest.raises(RealizationError, match="prompts with images"):
+            withdrawal_layer(model, batches)
+    with prune(model, PLAN), pytest.raises(RealizationError, match="dense model"):
+        cosine_shift(model, [inputs_for()])
 
 
 @torch.no_grad()
