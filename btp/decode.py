@@ -14,6 +14,10 @@ from btp.prefill import CacheLayout
 __all__ = ["Decode", "attach_layout", "layout_of"]
 
 _ATTRIBUTE = "_btp_layout"
+_ALONE = (
+    "after a stage before layer 0 `generate` cannot tell how much of a conversation is cached: hand model(...) the new "
+    "tokens alone"
+)
 
 
 def attach_layout(cache: object, layout: CacheLayout | None) -> None:
@@ -107,9 +111,7 @@ class Decode:
         if mask.shape[-1] != length:
             raise RealizationError(
                 f"attention_mask must cover the whole unpruned sequence, {length} tokens, got {mask.shape[-1]}; "
-                "append a 1 a new token to the prompt's mask, as if nothing had been dropped; after a stage before "
-                "layer 0 `generate` cannot tell how much of a conversation is cached: hand model(...) the new tokens "
-                "alone"
+                f"append a 1 a new token to the prompt's mask, as if nothing had been dropped; {_ALONE}"
             )
         return None if mask.dim() == 2 and bool(mask.all()) else mask
 
@@ -121,13 +123,25 @@ class Decode:
         """
         num_new = self._hidden_BQD.shape[1]
         if given is not None:
-            return given if received is None else received
+            received = given if received is None else received
+            self._check_goes_on(received)
+            return received
         if received is None:
             start = self._layout.prompt_length + self._num_decoded
             return torch.arange(start, start + num_new, device=self._hidden_BQD.device).unsqueeze(0)
         if received.shape[-1] > num_new:
             return received[..., -num_new:]
         return received + self._layout.prompt_length - self._layout.num_cached(0)
+
+    def _check_goes_on(self, position_ids: Tensor) -> None:
+        """Raise where a caller that counts cached tokens by the first layer feeds some of them again."""
+        if self._hidden_BQD.shape[1] == 1 or self._layout.num_cached(0) == self._layout.prompt_length:
+            return
+        axis_BQ = position_ids if position_ids.dim() == 2 else position_ids[-1]
+        if bool((axis_BQ[:, :1] < self._layout.next_position + self._num_decoded).any()):
+            raise RealizationError(
+                f"positions must go on from the unpruned sequence, but start before its end; {_ALONE}"
+            )
 
 
 def _num_decoded(cache: Any, layout: CacheLayout) -> int:

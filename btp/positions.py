@@ -42,14 +42,17 @@ class Positions:
         position_ids = self._renumbered(num_surviving).expand(3, -1, -1)
         return self._anatomy.position_embeddings(layer, self._hidden_BSD, position_ids)
 
+    def after_prompt(self) -> Tensor:
+        """The position that follows each row's last prompt token, on whichever axis is furthest. (B, 1)"""
+        from_end_B1 = self._reading.from_end_B1
+        last_1B1 = (self._axes.shape[2] - 1 - from_end_B1)[None].expand(len(self._axes), -1, -1)
+        return self._axes.expand(-1, len(from_end_B1), -1).gather(2, last_1B1).amax(dim=0) + 1
+
     def shift(self, num_surviving: int) -> Tensor:
         """How much lower the position after the prompt is once it is renumbered. (B, 1)"""
         from_end_B1 = self._reading.from_end_B1
-        length = self._axes.shape[2]
-        last_1B1 = (length - 1 - from_end_B1)[None].expand(len(self._axes), -1, -1)
-        old_B1 = self._axes.expand(-1, len(from_end_B1), -1).gather(2, last_1B1).amax(dim=0)
         new_BK = self._renumbered(num_surviving)[0].expand(len(from_end_B1), -1)
-        return old_B1 - new_BK.gather(1, num_surviving - 1 - from_end_B1)
+        return self.after_prompt() - 1 - new_BK.gather(1, num_surviving - 1 - from_end_B1)
 
     def _renumbered(self, num_surviving: int) -> Tensor:
         """(1, B or 1, K)"""

@@ -53,13 +53,15 @@ class CacheLayout:
 
     columns: by depth, the prompt positions (B, K) whose keys are there; depth 0 is before the first cut, all of them.
     depth_of_layer: which depth each decoder layer is at. shifts: by depth, how much lower the positions of new tokens
-    are than in the unpruned sequence, (B, 1); None where positions were kept.
+    are than in the unpruned sequence, (B, 1); None where positions were kept. next_position: of the first new token in
+    the unpruned sequence, (B, 1).
     """
 
     prompt_length: int
     columns: tuple[Tensor | None, ...]
     depth_of_layer: tuple[int, ...]
     shifts: tuple[Tensor | None, ...]
+    next_position: Tensor
 
     def num_cached(self, layer: int) -> int:
         """Prompt tokens that went through the layer, and into its cache unless a sliding window dropped them."""
@@ -153,7 +155,13 @@ class Prefill:
         """What the prefill leaves in the cache; None when nothing was dropped."""
         if len(self._columns) == 1:
             return None
-        return CacheLayout(self._prompt_length, tuple(self._columns), tuple(self._depth_of_layer), tuple(self._shifts))
+        return CacheLayout(
+            prompt_length=self._prompt_length,
+            columns=tuple(self._columns),
+            depth_of_layer=tuple(self._depth_of_layer),
+            shifts=tuple(self._shifts),
+            next_position=self._positions.after_prompt(),
+        )
 
     def verify(self, output_BLD: Tensor) -> None:
         """Raise RealizationError unless every layer ran with the plan's number of image tokens."""

@@ -303,13 +303,6 @@ class TestRefusals:
         with prune(model, PLAN), pytest.raises(RealizationError, match="end with text"):
             logits_of(model, inputs)
 
-    @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.takes_video])
-    def test_videos(self, family_model, name):
-        model, inputs = family_model(name), video_inputs(name)
-        logits_of(model, inputs)
-        with prune(model, PLAN), pytest.raises(RealizationError, match="video"):
-            logits_of(model, inputs)
-
 
 def video_inputs(name):
     """A prompt with a video: of 4 tokens, or for LLaVA-OneVision of 4 for each of 2 frames and a newline."""
@@ -337,11 +330,3 @@ def test_a_second_turn_goes_on_from_the_cache_as_if_prefilled_at_once(family_mod
         carried = {n: t for n, t in whole.items() if n not in ("pixel_values", "image_grid_thw")}
         went_on = model.generate(**carried, past_key_values=first.past_key_values, **settings)
         assert torch.equal(went_on, model.generate(**whole, **settings))
-
-
-def test_a_second_turn_after_a_stage_before_the_decoder_is_refused_by_name(family_model):
-    model, inputs = family_model("llava"), FAMILIES["llava"].inputs(1)
-    with prune(model, Plan(stages=(Stage(layer=0, keep=0.5, selector="uniform"),))):
-        first = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-        with pytest.raises(RealizationError, match="the new tokens alone"):
-            model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
