@@ -179,9 +179,7 @@ class Anatomy:
         )
         batch, num_keys = key_BGSE.shape[0], key_BGSE.shape[1]
         grouped = query_BHQE.view(batch, num_keys, -1, *query_BHQE.shape[2:])  # query heads by their key head
-        logits_BHQS = (grouped @ key_BGSE.unsqueeze(2).mT).float().flatten(1, 2) * float(attention.scaling)
-        softcap = getattr(attention, "attn_logit_softcapping", None)
-        return logits_BHQS if softcap is None else softcap * torch.tanh(logits_BHQS / softcap)
+        return (grouped @ key_BGSE.unsqueeze(2).mT).float().flatten(1, 2) * float(attention.scaling)
 
     def _normed(self, layer: int, hidden_BSD: Tensor) -> tuple[Any, Tensor]:
         block = cast(Any, self.layers[layer])

@@ -330,3 +330,27 @@ def test_a_second_turn_goes_on_from_the_cache_as_if_prefilled_at_once(family_mod
         carried = {n: t for n, t in whole.items() if n not in ("pixel_values", "image_grid_thw")}
         went_on = model.generate(**carried, past_key_values=first.past_key_values, **settings)
         assert torch.equal(went_on, model.generate(**whole, **settings))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_reset_before_the_decoder_is_a_prompt_that_never_had_the_others(family_model, name, padding):
+    """With M-RoPE renumbered tokens count up as text does, which is what embeddings without a picture get."""
+    model, inputs = family_model(name), FAMILIES[name].inputs(2, padding=padding)
+    plan = Plan(stages=(Stage(layer=0, keep=0.4, selector="uniform"),), positions="reset")
+    is_image = inputs["input_ids"] == FAMILIES[name].image_token
+    with torch.no_grad():
+        with prune(model, plan) as trace:
+            pruned = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+        embeds[is_image] = torch.cat(list(features.pooler_output))
+        kept = ~is_image
+        for row in range(2):
+            kept[row, is_image[row].nonzero().squeeze(1)[trace.alive[0][row]]] = True
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[kept].view(2, -1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0).expand(3, -1, -1)
+        plain = model(
+            inputs_embeds=embeds[kept].view(2, mask.shape[1], -1), attention_mask=mask, position_ids=positions
+        ).logits
+    torch.testing.assert_close(pruned[mask.bool()], plain[mask.bool()], rtol=1e-4, atol=1e-4)

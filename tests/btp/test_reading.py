@@ -154,3 +154,21 @@ def test_pictures_encoded_out_of_sight_are_refused_where_their_grids_vary(family
         assert notes_of(features) is None
         with prune(model, PLAN), pytest.raises(RealizationError, match=r"btp\.encode_images"):
             model(**inputs, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_attention_is_what_the_layer_gives_out(family_model, views, name, padding):
+    """Against the eager kernel's own weights, in a sliding and in a full layer."""
+    model, inputs = family_model(name, "eager"), FAMILIES[name].inputs(3, padding=padding)
+    for layer in (1, 2):
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True).attentions[layer]
+            with prune(model, Plan(stages=(Stage(layer=layer, keep=0.6, selector="spy"),))):
+                model(**inputs)
+        is_image = inputs["input_ids"] == FAMILIES[name].image_token
+        for row in range(3):
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[row]
+            last = int(mask.nonzero().max())
+            wanted = weights[row, :, last].mean(dim=0)[is_image[row]]
+            torch.testing.assert_close(views[-1].attention.softmax[row], wanted, rtol=1e-4, atol=1e-5)
