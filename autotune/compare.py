@@ -60,7 +60,7 @@ def run(config: CompareConfig, splits: Mapping[str, Sequence[Example]], progress
     for fraction in config.fractions:
         for name, plan in starts.items():
             say(f"{SYSTEMS[name].name} at {fraction:g}")
-            results.append(judge.result(name, fraction, judge.fitted(plan, fraction)))
+            results.append(judge.result(name, fraction, judge.fitted(plan, fraction), start=plan))
     found = Comparison(
         **_setting(config, bench, judge),
         calibrated_layers=layers,
@@ -144,7 +144,8 @@ class _Judge:
             intermediate_size=self._decoder.intermediate_size,
         )
 
-    def result(self, name: str, fraction: float | None, plan: Plan) -> Result:
+    def result(self, name: str, fraction: float | None, plan: Plan, start: Plan | None = None) -> Result:
+        """What is found of a plan; `start` is the system's own, before the budget was asked of it."""
         bench, split = self._bench, self._config.split
         found, table = bench.scores(plan, split), bench.table(split)
         latency, dense_ms = bench.kept_ratio(plan)
@@ -171,6 +172,7 @@ class _Judge:
             by_task=table.by_task(found.scores),
             cache_bytes=sum(share * self._cache_bytes(counts) for counts, share in weighed.items()),
             carried_out=1 - weighed.get(full, 0.0) if is_conditional(plan) else None,
+            moved_out=start is not None and bool(plan.stages) and plan.stages[0].layer < min(1, start.stages[0].layer),
         )
 
     def _weighed_counts(self, plan: Plan, found: Scores) -> dict[Counts, float]:

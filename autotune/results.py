@@ -22,7 +22,8 @@ class Result:
     the last stage that keeps any. image_gflops: of the image tokens alone, and flops_share what share of dense's they
     are. latency: prefill p50, ratio to dense, which took dense_ms beside it. minus_dense: paired, of macro accuracy.
     cache_bytes: of the median prompt. carried_out: share of the samples whose conditional stages were carried out;
-    None for a plan without such stages.
+    None for a plan without such stages. moved_out: the system prunes inside the decoder, but the budget is under what
+    one dense layer costs, so that it had to cut before the first.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Result:
     by_task: Mapping[str, float]
     cache_bytes: float
     carried_out: float | None
+    moved_out: bool
 
     def cells(self) -> tuple[str, ...]:
         """Under `HEADINGS`."""
@@ -108,12 +110,20 @@ class Comparison:
         if self.calibrated_layers is not None:
             layers = ", ".join(map(str, self.calibrated_layers))
             notes.append(
-                f"BTP and the controls start from stages before layers {layers} of {self.num_layers}, as calibrated; "
-                "a budget may move them up or drop some."
+                f"BTP and the controls start from stages before layers {layers} of {self.num_layers}, as calibrated. A "
+                "budget scales every system's layers and keep fractions together."
             )
         if any(result.name == "vtw" for result in self.results):
             layer = "no layer" if self.withdrawal_layer is None else f"layer {self.withdrawal_layer}"
-            notes.append(f"VTW's layer search found {layer} of {self.num_layers}; the budget moves it in any case.")
+            notes.append(
+                f"VTW's layer search found {layer} of {self.num_layers}. It spends whole layers and nothing finer, so "
+                "it stays under the budget."
+            )
+        if moved := dict.fromkeys(result.title for result in self.results if result.moved_out):
+            notes.append(
+                f"{', '.join(moved)} had to cut before the first layer where the budget is under what one dense layer "
+                "costs: no layer has attended to anything there."
+            )
         if shares := {r.carried_out for r in self.results if r.carried_out is not None}:
             low, high = min(shares), max(shares)
             share = f"{100 * low:.0f} %" if low == high else f"{100 * low:.0f} to {100 * high:.0f} %"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from autotune.config import CompareConfig
 from autotune.data import from_dataset
 from autotune.evaluation import Evaluator, load_model
 from autotune.report import LABEL_GAP, _spread, describe
-from autotune.results import HEADINGS, Result
+from autotune.results import HEADINGS, Comparison, Result
+from btp import presets
+from btp.budget import fit_flops
 from btp.cost import image_token_flops
 from btp.plan import Plan, Stage
 from btp.presets import SYSTEMS
@@ -110,9 +112,10 @@ def test_every_system_meets_the_same_flops_and_dense_runs_once(found: dict[str, 
 
 
 def test_layers_are_the_models_own(found: dict[str, Any]) -> None:
-    paper = found["results"][1]["plan"]["stages"]
     assert len(found["calibrated_layers"]) == 3
-    assert [stage["layer"] for stage in paper] == found["calibrated_layers"][: len(paper)]
+    own = presets.btp_paper(8, layers=found["calibrated_layers"])
+    sizes = {"num_layers": 8, "num_image_tokens": 256, "hidden_size": 192, "intermediate_size": 512}
+    assert found["results"][1]["plan"] == json.loads(fit_flops(own, TARGET * 1e9, **sizes).to_json())
     assert found["withdrawal_layer"] in range(1, 8)
     assert f"VTW's layer search found layer {found['withdrawal_layer']} of 8" in " ".join(found["notes"])
 
@@ -156,9 +159,9 @@ def test_running_again_computes_nothing_twice(
     assert {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/*.json")} == kept
 
 
-def test_the_widest_row_fits_100_characters() -> None:
+def a_result(**changes: Any) -> Result:
     sure = Interval(0.8812, 0.8123, 0.9456)
-    row = Result(
+    given = Result(
         name="todre_k_center",
         title=max((system.name for system in SYSTEMS.values()), key=len),
         reference="",
@@ -177,9 +180,23 @@ def test_the_widest_row_fits_100_characters() -> None:
         by_task={},
         cache_bytes=1503.4 * 2**20,
         carried_out=None,
+        moved_out=False,
     )
+    return replace(given, **changes)
+
+
+def test_the_widest_row_fits_100_characters() -> None:
+    row = a_result()
     widths = [max(len(cell), len(heading)) for cell, heading in zip(row.cells(), HEADINGS, strict=True)]
     assert sum(widths) + 2 * (len(widths) - 1) <= 100
+
+
+def test_the_notes_name_who_had_to_cut_before_the_first_layer(found: dict[str, Any]) -> None:
+    assert not any(row["moved_out"] for row in found["results"])
+    rows = (a_result(title="FastV", moved_out=True), a_result(title="DART", moved_out=True), a_result(title="DivPrune"))
+    setting = {name: found[name] for name in (field.name for field in fields(Comparison)) if name in found}
+    notes = Comparison(**{**setting, "dense": a_result(fraction=None), "results": rows}).notes()
+    assert [note for note in notes if note.startswith("FastV, DART had to cut before the first layer")]
 
 
 def test_conditional_plans_are_answered_prompt_by_prompt() -> None:
