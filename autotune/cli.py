@@ -134,7 +134,9 @@ def compare(
         Literal["select", "certify"],
         typer.Option(help="Questions to answer; to choose a method by certify is to spend it."),
     ] = "select",
-    out: OutOption = Path("runs/compare"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the tables, the picture and the scores; another run into it writes anew.")
+    ] = Path("runs/compare"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of calibration samples.")] = 0,
     threads: ThreadsOption = 1,
     workers: WorkersOption = 0,

@@ -200,7 +200,7 @@ def _write(config: CompareConfig, found: Comparison) -> None:
     figures.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     tables.write_text(found.markdown(), encoding="utf-8")
     panels = {found.title(fraction): [_point(row) for row in found.at(fraction)] for fraction in found.fractions}
-    score = f"macro accuracy on `{found.split}`, %"
+    score = f"macro accuracy on {found.split}, %"
     write_comparison(panels, score, picture)
 
 

@@ -37,9 +37,13 @@ def check_sqlite(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise AutotuneError where `path` is there and no folder."""
+    """Make the folder, and raise AutotuneError where that cannot be done."""
     if path.exists() and not path.is_dir():
         raise AutotuneError(f"--out must be a folder, or not be there yet, got the file {path}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AutotuneError(f"--out must be a folder that can be written, got {path}: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)

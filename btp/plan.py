@@ -5,7 +5,7 @@ and this file needs the standard library only.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from numbers import Integral, Real
@@ -73,9 +73,10 @@ class Plan:
     positions: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
-        stages = tuple(self.stages)
-        if not all(isinstance(stage, Stage) for stage in stages):
-            raise PlanError(f"stages must be Stage objects, got {stages!r}; Plan.from_dict reads plain data")
+        given: object = self.stages
+        stages = tuple(given) if isinstance(given, Iterable) else ()
+        if not isinstance(given, Iterable) or not all(isinstance(stage, Stage) for stage in stages):
+            raise PlanError(f"stages must be a list of Stage objects, got {given!r}; Plan.from_dict reads plain data")
         if self.positions not in ("keep", "reset"):
             raise PlanError(f"positions must be 'keep' or 'reset', got {self.positions!r}")
         for above, below in pairwise(stages):
@@ -143,9 +144,10 @@ def _layer(value: object) -> int:
 
 def _number(name: str, value: object, low: float, high: float) -> float:
     allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and at least {low:g}"
+    hint = "; fractions, not percent" if high == 1.0 else ""
     number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
     if not math.isfinite(number) or not low <= number <= high:
-        raise PlanError(f"{name} must be a number {allowed}, got {value!r}; fractions, not percent")
+        raise PlanError(f"{name} must be a number {allowed}, got {value!r}{hint}")
     return number
 
 

@@ -84,7 +84,7 @@ def check_promises(promises: list[Promise]) -> None:
     if broken:
         raise RealizationError(
             f"a selector must return distinct, sorted indices of tokens that are there, but '{broken[0]}' returned "
-            "others; run btp.testing.SelectorContract on it"
+            "others; look for NaN in the weights or an overflow in float16, then run btp.testing.SelectorContract on it"
         )
 
 

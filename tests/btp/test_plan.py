@@ -51,7 +51,7 @@ def test_illegal_sequences_are_refused(stages, message):
 def test_other_illegal_plans_are_refused():
     with pytest.raises(PlanError, match="'keep' or 'reset', got 'shift'"):
         Plan(stages=(), positions="shift")
-    with pytest.raises(PlanError, match="must be Stage objects"):
+    with pytest.raises(PlanError, match="must be a list of Stage objects"):
         Plan(stages=({"layer": 1, "keep": 0.5},))
 
 
@@ -102,6 +102,12 @@ def test_plans_are_frozen():
         plan.positions = "reset"
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.stages[0].keep = 0.1
+
+
+@pytest.mark.parametrize("stages", [None, 3, Stage(layer=1, keep=0.5), "stages", [None]])
+def test_stages_that_are_no_list_of_stages(stages):
+    with pytest.raises(PlanError, match="list of Stage objects"):
+        Plan(stages=stages)
 
 
 @pytest.mark.parametrize(
