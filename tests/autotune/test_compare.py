@@ -245,6 +245,7 @@ def test_a_model_without_data_and_the_other_way_round(tmp_path: Path) -> None:
 def test_an_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     assert "--out must be a folder" in refused(tmp_path)
+    assert "--out must be a folder that can be written" in refused(tmp_path / "out")
 
 
 def test_the_command_is_told_as_it_can_be_typed() -> None:
