@@ -1,11 +1,17 @@
-"""Tensor functions the selectors are made of. torch only: nothing here knows a model.
+"""Tensor functions the selectors are made of: torch, and Triton where there is a kernel. Nothing here knows a model.
 
 Shapes: B batch, N image tokens, D features, M taken before, P pivots, K picked. Nothing reads a tensor's value on the
 host, so nothing synchronises a GPU; loops run only where the algorithm is sequential.
 """
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -58,18 +64,29 @@ def farthest_first(
     taken_BM: indices already picked by others; picks keep away from them and never repeat them. Without it the first
     pick is the token whose nearest neighbour is farthest, as in DivPrune. bonus_BN: added to each token's distance, so
     that a token may make up in merit for what it lacks in distance. The lower index wins a tie.
+
+    On a CUDA device all steps are one launch of `btp.kernels.max_min` where Triton can build it, and a loop in torch
+    otherwise. Both pick the same from the same cosines; the cosines, all of them products in float32, may differ in
+    the last bits between devices and between roads, and with them the order of tokens that are that close to a tie.
     """
     unit_BND = unit(feature_BND)
-    if taken_BM is not None:
-        nearest_BN = _cosines_to(unit_BND, taken_BM).amax(dim=2).scatter_(1, taken_BM, torch.inf)
-        return _greedy(_cosine_rows(unit_BND, num_pick), nearest_BN, num_pick, torch.maximum, bonus_BN)
-    cosine_BNN = unit_BND @ unit_BND.mT
-    cosine_BNN.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    nearest_BN = cosine_BNN.amax(dim=2)
-    first_B1 = _least(nearest_BN, bonus_BN)
-    row_of = _cosine_rows(unit_BND, num_pick, cosine_BNN)
-    rest_BK = _greedy(row_of, row_of(first_B1), num_pick - 1, torch.maximum, bonus_BN)
-    return torch.cat((first_B1, rest_BK), dim=1)
+    cosine_BNN: Tensor | None = None
+    if taken_BM is None:
+        cosine_BNN = unit_BND @ unit_BND.mT
+        cosine_BNN.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        closeness_BN = cosine_BNN.amax(dim=2)
+    else:
+        closeness_BN = _cosines_to(unit_BND, taken_BM).amax(dim=2).scatter_(1, taken_BM, torch.inf)
+    restart = taken_BM is None
+    kernels = _kernels_for(unit_BND)
+    if kernels is None:
+        row_of = _cosine_rows(unit_BND, num_pick, cosine_BNN)
+        return _greedy(row_of, closeness_BN, num_pick, torch.maximum, bonus_BN, restart)
+    if cosine_BNN is None and not kernels.few(unit_BND, num_pick):
+        cosine_BNN = unit_BND @ unit_BND.mT
+    source = {"unit_BND": unit_BND} if cosine_BNN is None else {"cosine_BNN": cosine_BNN}
+    picks_BK: Tensor = kernels.max_min(closeness_BN, num_pick, **source, bonus_BN=bonus_BN, restart=restart)
+    return picks_BK
 
 
 def largest_sum(feature_BND: Tensor, num_pick: int, taken_BM: Tensor) -> Tensor:
@@ -80,7 +97,7 @@ def largest_sum(feature_BND: Tensor, num_pick: int, taken_BM: Tensor) -> Tensor:
     """
     unit_BND = unit(feature_BND)
     total_BN = _cosines_to(unit_BND, taken_BM).sum(dim=2).scatter_(1, taken_BM, torch.inf)
-    return _greedy(_cosine_rows(unit_BND, num_pick), total_BN, num_pick, torch.add, None)
+    return _greedy(_cosine_rows(unit_BND, num_pick), total_BN, num_pick, torch.add)
 
 
 def determinantal(kernel_BNN: Tensor, num_pick: int) -> Tensor:
@@ -138,12 +155,18 @@ def _greedy(
     closeness_BN: Tensor,
     num_pick: int,
     combine: Callable[..., Tensor],
-    bonus_BN: Tensor | None,
+    bonus_BN: Tensor | None = None,
+    restart: bool = False,
 ) -> Tensor:
-    """Pick the least close token over and over; `combine` takes the row of each pick into the closeness. (B, K)"""
+    """Pick the least close token over and over; `combine` takes the row of each pick into the closeness. (B, K)
+
+    restart: the closeness decides the first pick only; after it, that pick's row takes its place.
+    """
     picks = [torch.empty(len(closeness_BN), 0, dtype=torch.int64, device=closeness_BN.device)]
     for step in range(num_pick):
-        if step:
+        if step == 1 and restart:
+            closeness_BN = row_of(picks[-1])
+        elif step:
             combine(closeness_BN, row_of(picks[-1]), out=closeness_BN)
         picks.append(_least(closeness_BN, bonus_BN))
     return torch.cat(picks, dim=1)
@@ -151,6 +174,24 @@ def _greedy(
 
 def _least(closeness_BN: Tensor, bonus_BN: Tensor | None) -> Tensor:
     return (closeness_BN if bonus_BN is None else closeness_BN - bonus_BN).argmin(dim=1, keepdim=True)
+
+
+def _kernels_for(unit_BND: Tensor) -> ModuleType | None:
+    """`btp.kernels`, where it can take these tokens."""
+    kernels = _kernels() if unit_BND.is_cuda else None
+    return None if kernels is None or unit_BND.shape[1] > kernels.MAX_TOKENS else kernels
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    """`btp.kernels`, where Triton can build it: at first use it compiles a launcher against Python's C headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if find_spec("triton") is None or not compiler or not headers.exists():
+        return None
+    from btp import kernels
+
+    return kernels
 
 
 def _cosines_to(unit_BND: Tensor, index_BM: Tensor) -> Tensor:
