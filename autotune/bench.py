@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from autotune import data
-from autotune.certify import Interval, ScoreTable, latency_ratio
+from autotune.certify import Interval, ScoreTable
 from autotune.config import Limit, RunConfig
 from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
 from autotune.reference import WEIGHTS
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
+from btp.device_state import bearable_share
 from btp.errors import PlanError
 from btp.families import anatomy_of
-from btp.latency import device_key, measure, percentile
+from btp.intervals import percentile, ratio_interval
+from btp.latency import device_key, measure
 from btp.plan import Plan
 from btp.profile import Profile
 
@@ -44,18 +46,21 @@ def measure_ratio(
 
     Measures `repeats` pairs, and as many again, up to `MAX_ROUNDS` times, while the interval holds the limit and is
     wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word. With a width, it
-    goes on while the interval is wider than that, wherever the limit is.
+    goes on while the interval is wider than that, wherever the limit is. Others may use the cores that this process
+    leaves free (`bearable_share`), which widens the interval; where they take more, raises BusyDeviceError.
     """
     dense_ms: list[float] = []
     pruned_ms: list[float] = []
+    metric: Literal["prefill", "first_token"] = "first_token" if limit.metric == "ttft" else "prefill"
+    max_others = bearable_share(torch.get_num_threads())
     repeats = repeats if limit.quantile == "p50" else max(repeats, MIN_PAIRS_OF_A_TAIL)
     for measured in range(1, MAX_ROUNDS + 1):
-        blocks = measure(model, inputs, plan, repeats=repeats, warmup=2 if measured == 1 else 0)
-        of_ttft = limit.metric == "ttft"
-        dense_ms += (blocks.dense_first_token_ms if of_ttft else blocks.dense_prefill_ms)[1:]
-        pruned_ms += blocks.pruned_first_token_ms if of_ttft else blocks.pruned_prefill_ms
-        interval = latency_ratio(dense_ms, pruned_ms, limit.share, CONFIDENCE)
-        dense = percentile(tuple(dense_ms), 100 * limit.share)
+        warmup = {"min_warmup": 2, "max_warmup": 6} if measured == 1 else {"min_warmup": 0, "max_warmup": 0}
+        blocks = measure(model, inputs, plan, repeats=repeats, max_others=max_others, **warmup)
+        dense_ms += blocks.dense_ms(metric)
+        pruned_ms += blocks.pruned_ms(metric)
+        interval = ratio_interval(dense_ms, pruned_ms, limit.share, CONFIDENCE)
+        dense = percentile(dense_ms, 100 * limit.share)
         decided = width is None and not interval.low <= limit.ratio(dense) < interval.high
         if decided or interval.high - interval.low < (width or CLEAR):
             break

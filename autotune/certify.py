@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["Interval", "ScoreTable", "latency_ratio"]
+from btp.intervals import Interval
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its 95 % percentile bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-def latency_ratio(
-    dense_ms: Sequence[float], pruned_ms: Sequence[float], quantile: float, confidence: float = 0.95
-) -> Interval:
-    """Ratio of a quantile of the pruned latencies to that of the dense ones, pairs resampled together."""
-
-    def ratio(dense: NDArray[np.float64], pruned: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        top, bottom = (np.quantile(values, quantile, axis=axis) for values in (pruned, dense))
-        return np.asarray(top / bottom)
-
-    pairs = (np.asarray(dense_ms, float), np.asarray(pruned_ms, float))
-    found = stats.bootstrap(
-        pairs,
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=1000,
-        method="percentile",
-        rng=0,
-        confidence_level=confidence,
-    )
-    interval = found.confidence_interval
-    return Interval(float(ratio(*pairs)), float(interval.low), float(interval.high))
+__all__ = ["Interval", "ScoreTable"]
 
 
 class ScoreTable:

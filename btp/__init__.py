@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from btp import presets
     from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
-    from btp.errors import BTPError, PlanError, ProfileError, RealizationError, UnsupportedModelError
+    from btp.errors import (
+        BTPError,
+        BusyDeviceError,
+        PlanError,
+        ProfileError,
+        RealizationError,
+        UnsupportedModelError,
+    )
     from btp.families import anatomy_of
     from btp.latency import LatencyBlocks, device_key, measure
     from btp.plan import Plan, Stage
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SELECTORS",
     "BTPError",
+    "BusyDeviceError",
     "DeviceKey",
     "ImageTokens",
     "LatencyBlocks",
@@ -54,6 +62,7 @@ __all__ = [
 
 _HOME = {
     "BTPError": "errors",
+    "BusyDeviceError": "errors",
     "DeviceKey": "profile",
     "ImageTokens": "tokens",
     "LatencyBlocks": "latency",

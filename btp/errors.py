@@ -1,6 +1,6 @@
 """What can go wrong, by cause. Every message says the rule, what came, and the way out."""
 
-__all__ = ["BTPError", "PlanError", "ProfileError", "RealizationError", "UnsupportedModelError"]
+__all__ = ["BTPError", "BusyDeviceError", "PlanError", "ProfileError", "RealizationError", "UnsupportedModelError"]
 
 
 class BTPError(Exception):
@@ -17,6 +17,10 @@ class ProfileError(BTPError):
 
 class UnsupportedModelError(BTPError):
     """The model, or its attention kernel, is not one the package knows how to prune."""
+
+
+class BusyDeviceError(BTPError):
+    """Another process measures, or computes, on the device that a latency is to be measured on."""
 
 
 class RealizationError(BTPError):

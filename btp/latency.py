@@ -1,104 +1,207 @@
 """How long a plan takes on this device, paired with dense and with the selector's time included.
 
-Runs alternate dense, pruned, dense, pruned, ..., dense. Each pruned run is compared with the mean of the dense runs
-right before and right after it, so that a device that warms up or slows down favours neither.
+Runs alternate dense, pruned, dense, pruned, ..., dense. A block is a pruned run with the dense runs right before and
+right after it, so that a device that warms up or slows down favours neither. Blocks run in windows, unbroken and long
+enough to tell what else the device did; a window in which it did something else is thrown away and run again.
 """
 
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from btp.errors import PlanError
+from btp.device_lock import device_lock
+from btp.device_state import MIN_WATCH_S, DeviceState, Watch, watch
+from btp.errors import BusyDeviceError, PlanError
 from btp.families import anatomy_of
+from btp.intervals import Interval, ratio_interval, repetition_interval, theil_sen_slope
 from btp.plan import Plan
 from btp.profile import DeviceKey
-from btp.pruning import prune
+from btp.timing import Run, timed_run
 
-__all__ = ["LatencyBlocks", "device_key", "measure", "percentile"]
+__all__ = ["LatencyBlocks", "Run", "WarmUp", "Window", "device_key", "measure"]
+
+Metric = Literal["prefill", "first_token"]
+MAX_SLOPE = 0.01  # of the median run, from one run to the next
+SLOPE_SPAN = 8  # runs the slope is taken over
+MAX_OTHERS = 0.10  # of the cores' time
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # after a refused window, doubled each time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmUp:
+    """Untimed pairs before the measurement. settled: both slopes were flat; slope: the steeper, of the median a run."""
+
+    num_pairs: int
+    settled: bool
+    slope: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Blocks without a break, in the order they were run: one more dense run than pruned ones.
+
+    The first dense run is the last one of the window before, unless a refused window lies between.
+    """
+
+    dense: tuple[Run, ...]
+    pruned: tuple[Run, ...]
+    state: DeviceState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyBlocks:
-    """Raw milliseconds, in the order they were run: one more dense run than pruned ones.
+    """A measurement: raw runs by window, and all that is needed to judge them.
 
-    prefill: from the language model's start to the last token's logits. first_token: from the call to the same end,
-    with the vision encoder. Both come from the same runs.
+    refused: why windows were thrown away, one text each. metric: "prefill" or "first_token", of the same runs.
     """
 
-    dense_prefill_ms: tuple[float, ...]
-    pruned_prefill_ms: tuple[float, ...]
-    dense_first_token_ms: tuple[float, ...]
-    pruned_first_token_ms: tuple[float, ...]
+    key: DeviceKey
+    warmup: WarmUp
+    windows: tuple[Window, ...]
+    refused: tuple[str, ...]
 
-    @property
-    def dense_ms(self) -> tuple[float, ...]:
-        """Each pruned prefill's baseline: the mean of its two dense neighbours."""
-        return _baselines(self.dense_prefill_ms)
+    def pruned_ms(self, metric: Metric = "prefill") -> tuple[float, ...]:
+        """The pruned runs, one a block."""
+        return tuple(_milliseconds(run, metric) for window in self.windows for run in window.pruned)
 
-    @property
-    def pruned_ms(self) -> tuple[float, ...]:
-        return self.pruned_prefill_ms
+    def dense_ms(self, metric: Metric = "prefill") -> tuple[float, ...]:
+        """The dense run at the end of each block: as many as pruned ones, none counted twice, none averaged."""
+        return tuple(_milliseconds(run, metric) for window in self.windows for run in window.dense[1:])
 
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Pruned over dense prefill, pair by pair: under 1 is faster."""
-        return _ratios(self.dense_prefill_ms, self.pruned_prefill_ms)
+    def ratio(self, quantile: float = 0.5, metric: Metric = "prefill", confidence: float = 0.95) -> Interval:
+        """Quantile of the pruned latencies over that of the dense ones, with `ratio_interval`: under 1 is faster."""
+        return ratio_interval(self.dense_ms(metric), self.pruned_ms(metric), quantile, confidence)
 
-    @property
-    def first_token_ratios(self) -> tuple[float, ...]:
-        """Pruned over dense time to first token, pair by pair."""
-        return _ratios(self.dense_first_token_ms, self.pruned_first_token_ms)
-
-    @property
-    def dense_p50_ms(self) -> float:
-        return percentile(self.dense_prefill_ms, 50)
-
-    @property
-    def dense_p95_ms(self) -> float:
-        return percentile(self.dense_prefill_ms, 95)
-
-    @property
-    def pruned_p50_ms(self) -> float:
-        return percentile(self.pruned_prefill_ms, 50)
-
-    @property
-    def pruned_p95_ms(self) -> float:
-        return percentile(self.pruned_prefill_ms, 95)
-
-    @property
-    def ratio_p50(self) -> float:
-        return percentile(self.ratios, 50)
+    def repeated_ratio(self, quantile: float = 0.5, metric: Metric = "prefill", confidence: float = 0.95) -> Interval:
+        """The same ratio, with where another measurement's falls (`repetition_interval`)."""
+        return repetition_interval(self.dense_ms(metric), self.pruned_ms(metric), quantile, confidence)
 
 
 def measure(
-    model: nn.Module, inputs: Mapping[str, Any], plan: Plan, *, repeats: int = 20, warmup: int = 3
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    plan: Plan,
+    *,
+    repeats: int = 20,
+    min_warmup: int = 3,
+    max_warmup: int = 30,
+    max_others: float = MAX_OTHERS,
+    max_refused: int = 10,
+    lock_timeout_s: float = 600.0,
 ) -> LatencyBlocks:
-    """Time `repeats` pruned prefills of `inputs` against dense ones, after `warmup` untimed pairs."""
-    if repeats < 1 or warmup < 0:
-        raise PlanError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    dense, pruned = [], []
-    for _ in range(warmup):
-        _timed_run(model, inputs, None)
-        _timed_run(model, inputs, plan)
-    dense.append(_timed_run(model, inputs, None))
-    for _ in range(repeats):
-        pruned.append(_timed_run(model, inputs, plan))
-        dense.append(_timed_run(model, inputs, None))
+    """Time `repeats` pruned prefills of `inputs` against dense ones, alone on the device.
+
+    min_warmup, max_warmup: untimed pairs before that, until the latencies' slope is flat: the Theil-Sen slope of the
+    last `SLOPE_SPAN` dense and pruned runs under `MAX_SLOPE` of their median a run. max_others: share of the time of
+    the cores this process may run on that others may use; 1.0 lets them. max_refused: windows thrown away for that, or
+    for another process on the GPU, with a pause after each, before giving up. The device's lock is held all the time.
+
+    Raises PlanError for illegal numbers; BusyDeviceError where too many windows were refused, or another process held
+    the lock for `lock_timeout_s`.
+    """
+    if repeats < 1 or not 0 <= min_warmup <= max_warmup:
+        raise PlanError(
+            "repeats must be at least 1 and 0 <= min_warmup <= max_warmup, "
+            f"got {repeats}, {min_warmup} and {max_warmup}; measure(..., repeats=20) will do for most"
+        )
+    device = next(model.parameters()).device
+    session = _Session(model, inputs, plan, watch(device), max_others, max_refused)
+    with device_lock(device, lock_timeout_s):
+        warmup = session.warm_up(min_warmup, max_warmup)
+        session.run(repeats)
     return LatencyBlocks(
-        dense_prefill_ms=tuple(run[0] for run in dense),
-        pruned_prefill_ms=tuple(run[0] for run in pruned),
-        dense_first_token_ms=tuple(run[1] for run in dense),
-        pruned_first_token_ms=tuple(run[1] for run in pruned),
+        key=device_key(model, inputs),
+        warmup=warmup,
+        windows=tuple(session.windows),
+        refused=tuple(session.refused),
     )
+
+
+class _Session:
+    """One measurement while it runs."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], plan: Plan, watch: Watch, max_others: float, max_refused: int
+    ) -> None:
+        self._model, self._inputs, self._plan = model, inputs, plan
+        self._watch, self._max_others, self._max_refused = watch, max_others, max_refused
+        self.windows: list[Window] = []
+        self.refused: list[str] = []
+
+    def warm_up(self, at_least: int, at_most: int) -> WarmUp:
+        dense: list[float] = []
+        pruned: list[float] = []
+        while True:
+            slope = max(_relative_slope(dense), _relative_slope(pruned))
+            settled = len(dense) >= 3 and slope < MAX_SLOPE
+            if len(dense) >= at_most or (settled and len(dense) >= at_least):
+                return WarmUp(num_pairs=len(dense), settled=settled, slope=slope)
+            dense.append(self._dense().prefill_ms)
+            pruned.append(self._pruned().prefill_ms)
+
+    def run(self, repeats: int) -> None:
+        """Windows until they have `repeats` blocks."""
+        left, first = repeats, self._dense()
+        while left:
+            window = self._window(first, left)
+            reason = window.state.refusal(self._max_others)
+            if reason is None:
+                self.windows.append(window)
+                left -= len(window.pruned)
+                first = window.dense[-1]
+            else:
+                self._refuse(reason)
+                self._pruned()
+                first = self._dense()
+
+    def _window(self, first: Run, left: int) -> Window:
+        """As many blocks as fill `MIN_WATCH_S`, and the last few where they would not fill another one."""
+        dense = [first]
+        pruned: list[Run] = []
+        self._watch.start()
+        start = time.perf_counter()
+        while len(pruned) < left:
+            pruned.append(self._pruned())
+            dense.append(self._dense())
+            elapsed_s = time.perf_counter() - start
+            rest_s = elapsed_s / len(pruned) * (left - len(pruned))
+            if min(elapsed_s, rest_s) >= MIN_WATCH_S * 1.25:
+                break
+        return Window(dense=tuple(dense), pruned=tuple(pruned), state=self._watch.stop())
+
+    def _refuse(self, reason: str) -> None:
+        self.refused.append(reason)
+        if len(self.refused) > self._max_refused:
+            raise BusyDeviceError(
+                f"a latency must be measured on a device that does nothing else, but {len(self.refused)} windows were "
+                f"refused, the last because {reason}; stop that, or pin this process to free cores (taskset), "
+                "or allow more with max_others and max_refused"
+            )
+        time.sleep(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (len(self.refused) - 1)))
+
+    def _dense(self) -> Run:
+        return timed_run(self._model, self._inputs, None)
+
+    def _pruned(self) -> Run:
+        return timed_run(self._model, self._inputs, self._plan)
+
+
+def _relative_slope(values: Sequence[float]) -> float:
+    """Steepness of the last runs, up or down, as a share of their median."""
+    last = values[-SLOPE_SPAN:]
+    return abs(theil_sen_slope(last)) / median(last) if last else 0.0
+
+
+def _milliseconds(run: Run, metric: Metric) -> float:
+    return run.prefill_ms if metric == "prefill" else run.first_token_ms
 
 
 def device_key(model: nn.Module, inputs: Mapping[str, Any]) -> DeviceKey:
@@ -120,75 +223,6 @@ def device_key(model: nn.Module, inputs: Mapping[str, Any]) -> DeviceKey:
         prompt_tokens=input_ids_BS.shape[1],
         image_tokens=int(anatomy.image_mask({"input_ids": input_ids_BS[:1]}).sum()),
     )
-
-
-def percentile(values: tuple[float, ...], percent: float) -> float:
-    """Linear interpolation between the two nearest order statistics."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-class _Clock(Protocol):
-    def mark(self) -> None: ...
-    def since_ms(self, index: int) -> float: ...
-
-
-class _CpuClock:
-    def __init__(self) -> None:
-        self._marks: list[float] = []
-
-    def mark(self) -> None:
-        self._marks.append(time.perf_counter())
-
-    def since_ms(self, index: int) -> float:
-        return (self._marks[-1] - self._marks[index]) * 1e3
-
-
-class _CudaClock:
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device)
-        self._marks: list[torch.cuda.Event] = []
-        self._stream.synchronize()
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
-        self._marks.append(event)
-
-    def since_ms(self, index: int) -> float:
-        self._marks[-1].synchronize()
-        return float(self._marks[index].elapsed_time(self._marks[-1]))
-
-
-@torch.inference_mode()
-def _timed_run(model: nn.Module, inputs: Mapping[str, Any], plan: Plan | None) -> tuple[float, float]:
-    """One prefill to the last token's logits: (prefill ms, time to first token ms)."""
-    device = next(model.parameters()).device
-    clock: _Clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-
-    def mark(module: nn.Module, args: tuple[Any, ...]) -> None:
-        clock.mark()
-
-    handle = anatomy_of(model).language_model.register_forward_pre_hook(mark)  # before prune's: its work counts
-    try:
-        with prune(model, plan) if plan is not None else nullcontext():
-            clock.mark()
-            model(**inputs, use_cache=True, logits_to_keep=1)
-            clock.mark()
-    finally:
-        handle.remove()
-    return clock.since_ms(1), clock.since_ms(0)
-
-
-def _baselines(dense_ms: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple((before + after) / 2 for before, after in pairwise(dense_ms))
-
-
-def _ratios(dense_ms: tuple[float, ...], pruned_ms: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(pruned / dense for pruned, dense in zip(pruned_ms, _baselines(dense_ms), strict=True))
 
 
 def _cpu_name() -> str:

@@ -46,8 +46,8 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     assert not modules_after("import autotune.cli") & heavy
 
 
-def test_base_install_is_torch_and_transformers() -> None:
-    assert names(PROJECT["dependencies"]) == {"torch", "transformers"}
+def test_base_install_is_torch_transformers_and_what_torch_brings_along() -> None:
+    assert names(PROJECT["dependencies"]) == {"filelock", "torch", "transformers"}
 
 
 @pytest.mark.parametrize(

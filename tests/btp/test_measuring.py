@@ -1,4 +1,4 @@
-"""Calibration, encoded prefixes and latency: what surrounds pruning."""
+"""Calibration and encoded prefixes: what surrounds pruning."""
 
 import pytest
 import torch
@@ -9,14 +9,11 @@ from btp import (
     RealizationError,
     Stage,
     cosine_shift,
-    device_key,
     encode_images,
-    measure,
     prune,
     stage_layers,
     withdrawal_layer,
 )
-from btp.latency import LatencyBlocks, percentile
 
 PLAN = Plan(stages=(Stage(layer=1, keep=0.5),))
 
@@ -127,52 +124,3 @@ def test_without_pixels_or_support_inputs_stay(llava, inputs_for, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda input_ids, pixel_values: None)
     inputs = inputs_for()
     assert encode_images(model, inputs) == inputs
-
-
-def test_measure_returns_pairs_and_leaves_the_model_alone(llava, inputs_for, device):
-    model, inputs = llava(device=device), inputs_for(2, padding="left", device=device)
-    with torch.no_grad():
-        before = model(**inputs).logits
-        blocks = measure(model, inputs, PLAN, repeats=4, warmup=1)
-        assert torch.equal(model(**inputs).logits, before)
-    assert len(blocks.dense_ms) == len(blocks.pruned_ms) == len(blocks.ratios) == len(blocks.first_token_ratios) == 4
-    assert len(blocks.dense_prefill_ms) == len(blocks.dense_first_token_ms) == 5
-    assert all(value > 0 for value in (*blocks.dense_ms, *blocks.pruned_ms))
-    assert all(whole > part for whole, part in zip(blocks.pruned_first_token_ms, blocks.pruned_prefill_ms, strict=True))
-    assert blocks.dense_p50_ms <= blocks.dense_p95_ms
-    assert blocks.pruned_p50_ms <= blocks.pruned_p95_ms
-
-
-def test_pairs_are_with_the_dense_neighbours():
-    blocks = LatencyBlocks(
-        dense_prefill_ms=(10.0, 20.0, 40.0),
-        pruned_prefill_ms=(15.0, 15.0),
-        dense_first_token_ms=(20.0, 20.0, 20.0),
-        pruned_first_token_ms=(10.0, 30.0),
-    )
-    assert blocks.dense_ms == (15.0, 30.0)
-    assert blocks.ratios == (1.0, 0.5)
-    assert blocks.first_token_ratios == (0.5, 1.5)
-    assert blocks.ratio_p50 == 0.75
-    assert blocks.dense_p50_ms == 20.0
-
-
-def test_percentiles_interpolate():
-    assert percentile((3.0, 1.0, 2.0), 50) == 2.0
-    assert percentile((1.0, 2.0), 95) == pytest.approx(1.95)
-    assert percentile((7.0,), 95) == 7.0
-
-
-def test_measure_refuses_no_repeats(llava, inputs_for):
-    with pytest.raises(PlanError, match="repeats must be at least 1"):
-        measure(llava(), inputs_for(), PLAN, repeats=0)
-
-
-def test_the_device_key_names_the_workload(llava, inputs_for):
-    inputs = inputs_for(2)
-    key = device_key(llava("eager"), inputs)
-    assert (key.attention, key.dtype, key.batch_size, key.image_tokens) == ("eager", "float32", 2, 25)
-    assert key.prompt_tokens == inputs["input_ids"].shape[1]
-    assert key.torch == str(torch.__version__)
-    assert (key.cuda, key.driver) == ("none", "none")
-    assert key.slug != "unknown-device"
