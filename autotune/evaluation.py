@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import signal
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 import btp
+from autotune.answering import generated, verified, why_not_verified
 from autotune.config import AutotuneError
 from autotune.data import Example
+from autotune.prefix_store import MEMORY_SHARE, PrefixStore, free_bytes
+from autotune.prompts import expected_text, load_model, prompt_inputs
 from autotune.tasks import SCORERS
 from btp.encoding import join_pictures, split_pictures
 from btp.families import anatomy_of
 from btp.plan import Plan
-from btp.prefix import encode_images
+from btp.prefix import encode_images, resume
 
 __all__ = ["Evaluator", "EvaluatorPool", "Scores", "is_conditional", "load_model", "prompt_inputs"]
 
-BATCH_SIZE = 24
+BATCH_SIZE = 16
 IMAGES_AT_ONCE = 8
+NUM_SPARE_TOKENS = 4  # that an answer may be longer than the longest expected one of its task
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,89 +51,61 @@ def is_conditional(plan: Plan) -> bool:
     return any(stage.attention_below is not None for stage in plan.stages)
 
 
-def load_model(source: str, device: str) -> tuple[Any, Any]:
-    """Model, in evaluation mode, float32 on CPU and its own dtype elsewhere, and processor of a folder or hub id."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = _first_line(error)
-        raise AutotuneError(f"--device must be one that torch can use here, got {device!r}: {reason}") from error
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise AutotuneError(f"--model must be a folder that is there, or a hub id, got {source}, which is no folder")
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.float32 if device == "cpu" else "auto"
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        kind = "folder" if Path(source).exists() else "folder or hub id"
-        raise AutotuneError(
-            f"--model must be a {kind} that transformers can load with its processor, got {source}: "
-            f"{_first_line(error)}; save both with save_pretrained into one folder"
-        ) from error
-    if getattr(processor, "chat_template", None) is None:
-        raise AutotuneError(f"the processor in {source} must have a chat template, got none; add chat_template.jinja")
-    processor.tokenizer.padding_side = "left"
-    return model.to(torch.device(device)).eval(), processor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def prompt_inputs(processor: Any, examples: Sequence[Example], device: str) -> dict[str, Any]:
-    """Left-padded model inputs of the examples' questions, pictures included."""
-    batch = processor(
-        images=[e.image for e in examples],
-        text=[_prompt(processor, e.question) for e in examples],
-        padding=True,
-        return_tensors="pt",
-    )
-    return dict(batch.to(device))
-
-
-def _prompt(processor: Any, question: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-
 class Evaluator:
-    """Scores plans on a fixed list of examples; prompts and encoded pictures are prepared once and kept.
+    """Scores plans on a fixed list of examples, each at a fraction of a `generate` call; the answers are the same.
 
-    Examples are batched by task and prompt length, so that short answers do not wait for long ones. A conditional
-    stage is carried out for a whole batch or not at all, so plans that have one are answered prompt by prompt.
+    Pictures are encoded once. The dense layers before a plan's first stage run once a batch and are resumed from by
+    every later plan (`btp.prefix.resume`). Answers are found by verifying the expected ones (`autotune.answering`);
+    where that is impossible, `generate` decodes them, and `decodes_because` says why; it is None otherwise.
+
+    Rows of a batch have equally many image tokens, and prompts of one length wherever that fills half a batch. A
+    conditional stage is carried out for a whole batch or not at all, so plans that have one are answered prompt by
+    prompt, without kept prefixes. prefix_bytes: memory for those; None for a share of what is free.
     """
 
-    def __init__(self, model: Any, processor: Any, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, examples: Sequence[Example], prefix_bytes: int | None = None
+    ) -> None:
         self._model, self._processor, self.examples = model, processor, tuple(examples)
         self._device = str(model.device)
-        longest = {e.task: 0 for e in examples}
-        for e in examples:
-            num_tokens = len(processor.tokenizer.encode(e.answer, add_special_tokens=False))
-            longest[e.task] = max(longest[e.task], num_tokens)
-        self._max_new_tokens = {task: num_tokens + 4 for task, num_tokens in longest.items()}
+        self.decodes_because = why_not_verified(model)
+        self._prepare_text()
         self._encoded: dict[str, Any] = {}  # by picture; empty where the model takes none, or they do not come apart
         self._num_image_tokens: dict[str, int] = {}  # by picture
         self._encode_images()
         self._batches = cache(self._prepare)
         self._batches(BATCH_SIZE)
+        self._backwards = False
+        self.prefixes = PrefixStore(self._device, prefix_bytes)
+
+    def _prepare_text(self) -> None:
+        """The expected answers in the tokens the model would say them in, and how long each task's may become."""
+        encode = partial(self._processor.tokenizer.encode, add_special_tokens=False)
+        self._guesses = [encode(expected_text(self._processor, e)) for e in self.examples]
+        longest: dict[str, int] = {}
+        for e in self.examples:
+            longest[e.task] = max(longest.get(e.task, 0), len(encode(e.answer)))
+        self._limits = [longest[e.task] + NUM_SPARE_TOKENS for e in self.examples]
+        self._lengths = [len(encode(e.question)) for e in self.examples]
 
     def _prepare(self, batch_size: int) -> list[tuple[list[int], dict[str, Any]]]:
         groups: list[list[int]] = []
         for index in sorted(range(len(self.examples)), key=self._batch_key):
-            alike = groups and self._batch_key(groups[-1][0])[:2] == self._batch_key(index)[:2]
-            if alike and len(groups[-1]) < batch_size:
+            if groups and self._belongs(index, groups[-1], batch_size):
                 groups[-1].append(index)
             else:
                 groups.append([index])
         return [(group, self._batch([self.examples[i] for i in group])) for group in groups]
 
-    def _batch_key(self, index: int) -> tuple[str, int, int, int]:
-        """Rows of a batch need one task and equally many image tokens."""
-        example = self.examples[index]
-        return example.task, self._num_image_tokens[example.image_id], len(example.question), index
+    def _batch_key(self, index: int) -> tuple[int, int, int, int]:
+        num_image_tokens = self._num_image_tokens[self.examples[index].image_id]
+        return num_image_tokens, self._lengths[index], len(self._guesses[index]), index
+
+    def _belongs(self, index: int, group: Sequence[int], batch_size: int) -> bool:
+        """Whether the next example goes into the group: equally many image tokens, and padding only to fill it."""
+        (num_image_tokens, length, *_), (own_num, own_length, *_) = self._batch_key(group[0]), self._batch_key(index)
+        fits = num_image_tokens == own_num and len(group) < batch_size
+        return fits and (length == own_length or 2 * len(group) < batch_size)
 
     def _encode_images(self) -> None:
         """Each picture once, however often it is asked about."""
@@ -157,25 +131,31 @@ class Evaluator:
         return {**kept, "mm_encoder_outputs": {"image": pictures}}
 
     def __call__(self, plan: Plan) -> Scores:
-        """All scores of a plan, in the order of the examples."""
+        """All scores of a plan, in the order of the examples. Raises AutotuneError where memory is too small."""
         answers = [""] * len(self.examples)
         realised: Counter[tuple[int, ...]] = Counter()
-        batches = self._batches(1 if is_conditional(plan) else BATCH_SIZE)
-        with btp.prune(self._model, plan) as trace:
-            for group, inputs in batches:
-                for index, answer in zip(group, self._generate(inputs, self.examples[group[0]].task), strict=True):
-                    answers[index] = answer
+        conditional = is_conditional(plan)
+        batches = list(enumerate(self._batches(1 if conditional else BATCH_SIZE)))
+        self._backwards = not self._backwards  # so that the prefixes used last, which are in memory, are used first
+        with torch.inference_mode(), btp.prune(self._model, plan) as trace:
+            for number, (group, inputs) in reversed(batches) if self._backwards else batches:
+                with ExitStack() as resumed:
+                    if not conditional:
+                        prefix = resumed.enter_context(self.prefixes.borrowed(number))
+                        resumed.enter_context(resume(self._model, plan, prefix))
+                    for index, answer in zip(group, self._answer(group, inputs), strict=True):
+                        answers[index] = answer
                 realised[trace.counts] += len(group)
         scores = (SCORERS[e.task](answer, e.answer) for answer, e in zip(answers, self.examples, strict=True))
         return Scores(tuple(answers), tuple(scores), tuple(sorted(realised.items())))
 
-    def _generate(self, inputs: dict[str, Any], task: str) -> list[str]:
-        with torch.inference_mode():
-            # Copies, since `generate` fills the dictionary of encoder outputs it is handed.
-            own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}
-            ids = self._model.generate(**own, max_new_tokens=self._max_new_tokens[task], do_sample=False)
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        return [text.strip().lower() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+    def _answer(self, group: Sequence[int], inputs: dict[str, Any]) -> list[str]:
+        limits = [self._limits[index] for index in group]
+        if self.decodes_because is None:
+            tokens = verified(self._model, inputs, [self._guesses[index] for index in group], limits)
+        else:
+            tokens = generated(self._model, inputs, limits)
+        return [text.strip().lower() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 class EvaluatorPool:
@@ -188,12 +168,13 @@ class EvaluatorPool:
 
     def __init__(self, source: str, splits: Mapping[str, Sequence[Example]], num_workers: int) -> None:
         self._shards = {name: _shards(examples, num_workers) for name, examples in splits.items()}
+        prefix_bytes = int(MEMORY_SHARE * free_bytes("cpu")) // (num_workers * len(splits))
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         for worker in range(num_workers):
             ours, theirs = context.Pipe()
             own = {name: [splits[name][i] for i in shards[worker]] for name, shards in self._shards.items()}
-            context.Process(target=_serve, args=(theirs, source, own), daemon=True).start()
+            context.Process(target=_serve, args=(theirs, source, own, prefix_bytes), daemon=True).start()
             theirs.close()
             self._pipes.append(ours)
 
@@ -226,12 +207,13 @@ def _shards(examples: Sequence[Example], num_workers: int) -> list[list[int]]:
     return [[i for i, e in enumerate(examples) if images[e.image_id] % num_workers == w] for w in range(num_workers)]
 
 
-def _serve(pipe: Connection, source: str, splits: Mapping[str, Sequence[Example]]) -> None:
+def _serve(pipe: Connection, source: str, splits: Mapping[str, Sequence[Example]], prefix_bytes: int) -> None:
     """One worker: score the plans that come through the pipe until its other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its end closes the pipe
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as at any exit, spilled prefixes are removed
     torch.set_num_threads(1)
     loaded = cache(lambda: load_model(source, "cpu"))
-    evaluator = cache(lambda split: Evaluator(*loaded(), splits[split]))
+    evaluator = cache(lambda split: Evaluator(*loaded(), splits[split], prefix_bytes))
     try:
         while True:
             plan, split = pipe.recv()

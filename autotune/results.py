@@ -103,7 +103,8 @@ class Comparison:
         notes = [
             f"{self.num_questions} questions of `{self.split}`; intervals are 95 %, bootstrapped over pictures; the "
             "worst task keeps least of its dense accuracy.",
-            "tokens: mean over layers / kept by the last stage that keeps any. GFLOPs: image tokens in the decoder, share of dense.",
+            "tokens: mean over layers / kept by the last stage that keeps any. GFLOPs: image tokens in the decoder, "
+            "share of dense.",
             f"latency: prefill p50 on {self.device['name']}, ratio to dense measured in turns. MiB: key-value cache of "
             f"the median prompt ({self.num_image_tokens} image and {self.num_text_tokens} text tokens).",
         ]
