@@ -102,14 +102,18 @@ class _Job:
             self._begin(floor, limit)
         notes, num_layers = self._study.notes, self._bench.anatomy.identity.num_layers
         limit = notes["limit"]
-        latency = LatencyModel(notes["floor"], num_layers, self._bench.key.image_tokens)
-        for name, plan in self._fixed_plans(latency, notes["calibrated_layers"], limit).items():
+        latency = {
+            selector: LatencyModel(floor, num_layers, self._bench.key.image_tokens)
+            for selector, floor in notes["floors"].items()
+        }
+        for name, plan in self._fixed_plans(latency["balanced"], notes["calibrated_layers"], limit).items():
             self._study.enqueue(name, plan)
         self._say("encoding the pictures of `select`")
         while self._study.num_done < self._config.num_trials:
             number, name, asked = self._study.ask(self._space)
             if not isinstance(asked, Plan):
-                asked = latency.solve(self._space.schedule(asked, num_layers), asked["budget"] * limit)
+                schedule = self._space.schedule(asked, num_layers)
+                asked = latency[asked["selector"]].solve(schedule, asked["budget"] * limit)
             self._study.tell(self._try(number, name, asked, limit))
             self._say("searching")
 
@@ -118,13 +122,17 @@ class _Job:
         self._say("calibrating")
         num_layers, num_image_tokens = self._bench.anatomy.identity.num_layers, self._bench.key.image_tokens
         hand_set = presets.btp_released(num_layers)
-        fitted = LatencyModel(floor, num_layers, num_image_tokens)
-        probes: list[tuple[Plan, float]] = []
-        for _ in range(3):  # the plan as it stands, then twice where the limit seems to be
-            plan = fitted.solve(rescale(hand_set), HEADROOM * limit) if probes else hand_set
-            probes.append((plan, self._bench.ratio(plan)[0].value))
-            fitted = LatencyModel.fit(probes, num_layers, num_image_tokens)
-        self._study.note("floor", fitted.floor)
+        floors = {"balanced": floor}
+        for selector in dict.fromkeys(("balanced", *self._space.selectors)):  # they take their own time to select
+            fitted = LatencyModel(floors["balanced"], num_layers, num_image_tokens)
+            probes: list[tuple[Plan, float]] = []
+            for _ in range(3):  # the plan as it stands, then twice where the limit seems to be
+                probed = presets.with_selector(hand_set, selector)
+                plan = fitted.solve(rescale(probed), HEADROOM * limit) if probes else probed
+                probes.append((plan, self._bench.ratio(plan)[0].value))
+                fitted = LatencyModel.fit(probes, num_layers, num_image_tokens)
+            floors[selector] = fitted.floor
+        self._study.note("floors", floors)
         self._study.note("calibrated_layers", self._bench.calibrated_layers(len(hand_set.stages)))
         self._study.note("limit", limit)
 

@@ -29,6 +29,7 @@ __all__ = [
     "todre",
     "uniform_control",
     "vtw",
+    "with_selector",
 ]
 
 _REFERENCE_DEPTH = 32
@@ -216,14 +217,19 @@ def dart(num_layers: int, *, layer: int | None = None, keep: float = 0.75) -> Pl
     return Plan(stages=(Stage(layer=layer, keep=keep, selector="dart"),))
 
 
+def with_selector(plan: Plan, selector: str) -> Plan:
+    """The same schedule with another selector in every stage."""
+    return replace(plan, stages=tuple(replace(stage, selector=selector) for stage in plan.stages))
+
+
 def random_control(plan: Plan) -> Plan:
     """The same schedule with tokens drawn by a fixed seed: what a selector must beat."""
-    return _with_selector(plan, "random")
+    return with_selector(plan, "random")
 
 
 def uniform_control(plan: Plan) -> Plan:
     """The same schedule with tokens spread evenly over the grid: what a content-aware selector must beat."""
-    return _with_selector(plan, "uniform")
+    return with_selector(plan, "uniform")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +287,3 @@ def _stages(
 def _check_family(family: str, known: Collection[str]) -> None:
     if family not in known:
         raise PlanError(f"family must be one of {', '.join(known)}, got {family!r}; pass layers for another model")
-
-
-def _with_selector(plan: Plan, selector: str) -> Plan:
-    return replace(plan, stages=tuple(replace(stage, selector=selector) for stage in plan.stages))
