@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -37,13 +38,12 @@ def check_sqlite(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Make the folder, and raise AutotuneError where that cannot be done."""
+    """Raise AutotuneError where `path` is no folder, nor can become one that can be written. Makes nothing."""
     if path.exists() and not path.is_dir():
         raise AutotuneError(f"--out must be a folder, or not be there yet, got the file {path}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AutotuneError(f"--out must be a folder that can be written, got {path}: {error.strerror}") from error
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise AutotuneError(f"--out must be a folder that can be written, got {path}, but {there} cannot be")
 
 
 @dataclass(frozen=True, slots=True)
