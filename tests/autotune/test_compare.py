@@ -71,7 +71,13 @@ def run(line: list[str]) -> subprocess.CompletedProcess[str]:
 def finished(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A comparison interrupted by Ctrl-C after its first scores, and run again to its end; what that printed."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    process = subprocess.Popen(command(questions, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(questions, out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may have it ignored
+    )
     deadline = time.monotonic() + 100
     while not list(out.glob("evaluations/*/select-*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
