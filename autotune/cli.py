@@ -253,10 +253,13 @@ def _run_comparison(config: CompareConfig, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
-        titles = [found.title(fraction) for fraction in found.fractions]
-        tables = [Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)) for title in titles]
-        rows = [[row.cells() for row in found.at(fraction)] for fraction in found.fractions]
-        _print(tables, results.HEADINGS, rows, [*found.notes(), *(f"  {path}" for path in compare.paths(config))], 100)
+        files = [f"  {path}" for path in compare.paths(config)]
+        for fraction in found.fractions:
+            rows = [row.cells() for row in found.at(fraction)]
+            _print([_plain(found.title(fraction))], results.HEADINGS, [rows], [], 100)
+            headings, by_task = found.by_task(fraction)
+            _print([_plain("accuracy by task, %")], headings, [by_task], [], 100)
+        _print([], (), [], [*found.notes(), *files], 100)
 
 
 def _bar() -> Progress:
@@ -266,6 +269,10 @@ def _bar() -> Progress:
         TextColumn("{task.fields[told]}"),
     )
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr)
+
+
+def _plain(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
 
 
 def _print(

@@ -20,7 +20,7 @@ from autotune.certify import Interval
 from autotune.config import CompareConfig, Limit, check_folder
 from autotune.data import Example
 from autotune.evaluation import Scores, is_conditional
-from autotune.report import Point, write_comparison
+from autotune.report import Point, write_comparison, write_task_scores
 from autotune.results import Comparison, Result
 from btp import presets
 from btp.budget import fit_flops
@@ -190,18 +190,24 @@ class _Judge:
         return kv_cache_bytes(self._decoder, counts, self.num_text_tokens, bytes_per_number=size)
 
 
-def paths(config: CompareConfig) -> tuple[Path, Path, Path]:
-    """The files a comparison writes: all figures as JSON, the tables as Markdown, and the picture."""
-    return config.out / "compare.json", config.out / "compare.md", config.out / "compare.png"
+def paths(config: CompareConfig) -> tuple[Path, Path, Path, Path]:
+    """The files a comparison writes: all figures as JSON, the tables as Markdown, accuracy against latency, by task."""
+    names = ("compare.json", "compare.md", "compare.png", "compare-tasks.png")
+    figures, tables, picture, tasks = (config.out / name for name in names)
+    return figures, tables, picture, tasks
 
 
 def _write(config: CompareConfig, found: Comparison) -> None:
-    figures, tables, picture = paths(config)
+    figures, tables, picture, tasks = paths(config)
     figures.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     tables.write_text(found.markdown(), encoding="utf-8")
     panels = {found.title(fraction): [_point(row) for row in found.at(fraction)] for fraction in found.fractions}
     score = f"macro accuracy on {found.split}, %"
     write_comparison(panels, score, picture)
+    by_task = {
+        found.title(fraction): {row.title: row.by_task for row in found.at(fraction)} for fraction in found.fractions
+    }
+    write_task_scores(by_task, f"accuracy on {found.split}, %", tasks)
 
 
 def _point(row: Result) -> Point:

@@ -11,7 +11,7 @@ from autotune.config import Limit
 from autotune.objective import Told, front
 from btp.plan import Plan
 
-__all__ = ["Point", "write_comparison", "write_front"]
+__all__ = ["Point", "write_comparison", "write_front", "write_task_scores"]
 
 FIXED = {"hand-set": "s", "hand-set at limit": "P", "hand-set, calibrated layers": "X", "random": "v", "uniform": "^"}
 WEIGHTED = ("joint", "balanced")  # selectors that attention_weight means something to
@@ -148,6 +148,32 @@ def write_comparison(panels: Mapping[str, Sequence[Point]], score: str, path: Pa
     grid[-1, 0].set_xlabel("prefill p50, ratio to dense (measured)")
     for axes, points in zip(grid[:, 0], panels.values(), strict=True):
         _label_points(axes, points)
+    figure.savefig(path)
+
+
+def write_task_scores(panels: Mapping[str, Mapping[str, Mapping[str, float]]], score: str, path: Path) -> None:
+    """Write a panel a budget, one beside the other: systems down, tasks across, the score in percent in each cell."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = max(map(len, panels.values()))
+    figure = Figure(figsize=(1.6 + 4.4 * len(panels), 1.2 + 0.34 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    image: Any = None
+    for index, (axes, (title, scores)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)
+    ):
+        tasks = list(next(iter(scores.values())))
+        cells = [[100 * by_task[task] for task in tasks] for by_task in scores.values()]
+        image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for row, values in enumerate(cells):
+            for column, value in enumerate(values):
+                color = "black" if value > 55 else "white"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", fontsize=8)
+        axes.set_yticks(range(len(scores)), list(scores) if index == 0 else [], fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+    figure.colorbar(image, ax=figure.axes, label=score, shrink=0.8)
     figure.savefig(path)
 
 

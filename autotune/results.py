@@ -98,6 +98,12 @@ class Comparison:
     def title(self, fraction: float) -> str:
         return f"FLOPs of {fraction * self.num_image_tokens:.0f} of {self.num_image_tokens} image tokens in every layer"
 
+    def by_task(self, fraction: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Accuracy by task at one budget, in percent: headings and cells, a system a row."""
+        tasks = tuple(self.dense.by_task)
+        rows = [(r.title, *(f"{100 * r.by_task[task]:.1f}" for task in tasks)) for r in self.at(fraction)]
+        return ("system", *tasks), rows
+
     def notes(self) -> list[str]:
         """How the columns are to be read, a sentence or two each."""
         notes = [
@@ -139,12 +145,10 @@ class Comparison:
         parts = [f"`{self.command}`"]
         for fraction in self.fractions:
             rows = self.at(fraction)
-            tasks = tuple(self.dense.by_task)
-            accuracy = [(r.title, *(f"{100 * r.by_task[task]:.1f}" for task in tasks)) for r in rows]
             headings = (*HEADINGS[:5], "minus dense", *HEADINGS[5:])
             full = [(*r.cells()[:5], _minus(r), *r.cells()[5:]) for r in rows]
             parts += [f"**{self.title(fraction)}**", _table(headings, full)]
-            parts += ["Accuracy by task, %:", _table(("system", *tasks), accuracy)]
+            parts += ["Accuracy by task, %:", _table(*self.by_task(fraction))]
         return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self.notes())]) + "\n"
 
 

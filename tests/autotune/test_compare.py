@@ -144,14 +144,22 @@ def test_the_cache_is_that_of_the_median_prompt(found: dict[str, Any]) -> None:
 
 def test_the_table_fits_and_the_files_say_the_same(finished: tuple[Path, str], found: dict[str, Any]) -> None:
     out, printed = finished
-    table = printed.partition(" questions of ")[0]
+    table = printed.partition("accuracy by task")[0]
     for row in found["results"]:
         (line,) = (line for line in table.splitlines() if line.strip().startswith(row["title"]))
         assert len(line.rstrip()) <= 100
         assert f"{100 * row['macro']['value']:.1f} [" in line
         assert f"| {row['title']} |" in (out / "compare.md").read_text()
     assert found["command"] in (out / "compare.md").read_text()
-    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("compare.png", "compare-tasks.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_by_task_is_printed(finished: tuple[Path, str], found: dict[str, Any]) -> None:
+    by_task = finished[1].partition("accuracy by task, %")[2].partition(" questions of ")[0]
+    for row in found["results"]:
+        (line,) = (line for line in by_task.splitlines() if line.strip().startswith(row["title"]))
+        assert line.split()[-len(TASKS) :] == [f"{100 * row['by_task'][task]:.1f}" for task in row["by_task"]]
 
 
 def test_running_again_computes_nothing_twice(
