@@ -38,8 +38,7 @@ class Reading:
         last_B1 = image_mask_BS.shape[1] - 1 - self.from_end_B1
         self.num_image_tokens = _equal_count(image_mask_BS, last_B1)
         self.image_BN = ops.indices_of(image_mask_BS, self.num_image_tokens)
-        self._text_BT = ops.indices_of(~image_mask_BS, image_mask_BS.shape[1] - self.num_image_tokens)
-        self._real_BS = real_BS
+        self._image_mask_BS, self._real_BS = image_mask_BS, real_BS
         self._grids: tuple[Grids, ...] = ()
         if self.num_image_tokens:
             pictures = None if notes is None else notes.grids
@@ -51,8 +50,7 @@ class Reading:
         """Look at the sequence as it stands before `layer`: where its image tokens are, and which ones they are."""
         self._layer, self._hidden_BLD, self._inputs = layer, hidden_BLD, inputs
         self._here_BN, self._origin_BN = image_BN, origin_BN
-        is_text_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.bool, device=hidden_BLD.device)
-        self._text_here_BT = ops.indices_of(is_text_BL.scatter(1, image_BN, False), self._text_BT.shape[1])
+        self._key_norm_here_BL: Tensor | None = None
 
     def image_tokens(self) -> ImageTokens:
         return ImageTokens(
@@ -76,7 +74,7 @@ class Reading:
         weight_BHLL = self._weights(every_BL)
         weight_BLL = weight_BHLL.mean(dim=1)
         image_BL = torch.zeros_like(every_BL, dtype=torch.bool).scatter(1, self._here_BN, True)
-        instruction_BL = torch.zeros_like(image_BL).scatter(1, self._text_here_BT, self._instruction())
+        instruction_BL = torch.zeros_like(image_BL).scatter(1, self._text_here(), self._instruction())
         text_BL = ~image_BL & (every_BL != self.num_left_pads_B1)
         return torch.stack((_share(weight_BLL, instruction_BL, image_BL), _share(weight_BLL, image_BL, text_BL)), dim=1)
 
@@ -101,19 +99,30 @@ class Reading:
         return logits_BHQL + masks.query_bias(self._inputs.get("attention_mask"), query_BQ, logits_BHQL.shape[3])
 
     def _key_norm_BL(self) -> Tensor:
+        if self._key_norm_here_BL is not None:  # image and text ask for it
+            return self._key_norm_here_BL
         key_BGLE = self._anatomy.keys(self._layer, self._hidden_BLD, self._inputs["position_embeddings"])
-        return key_BGLE.float().abs().sum(dim=(1, 3))
+        self._key_norm_here_BL = key_BGLE.float().abs().sum(dim=(1, 3))
+        return self._key_norm_here_BL
 
     def _text(self) -> TextTokens:
+        here_BT = self._text_here()
         return TextTokens(
-            hidden_BTD=ops.take_rows(self._hidden_BLD, self._text_here_BT),
-            key_norm_BT=self._key_norm_BL().gather(1, self._text_here_BT),
+            hidden_BTD=ops.take_rows(self._hidden_BLD, here_BT),
+            key_norm_BT=self._key_norm_BL().gather(1, here_BT),
             instruction_BT=self._instruction(),
         )
 
     def _instruction(self) -> Tensor:
         """Real text after the row's last image token, among the prompt's text. (B, T)"""
-        return (self._text_BT > self.image_BN[:, -1:]) & self._real_BS.gather(1, self._text_BT)
+        text_BT = ops.indices_of(~self._image_mask_BS, self._image_mask_BS.shape[1] - self.num_image_tokens)
+        return (text_BT > self.image_BN[:, -1:]) & self._real_BS.gather(1, text_BT)
+
+    def _text_here(self) -> Tensor:
+        """Where the prompt's text is in the sequence as it stands. (B, T)"""
+        is_text_BL = torch.ones(self._hidden_BLD.shape[:2], dtype=torch.bool, device=self._here_BN.device)
+        num_text = is_text_BL.shape[1] - self._here_BN.shape[1]
+        return ops.indices_of(is_text_BL.scatter(1, self._here_BN, False), num_text)
 
     def _cls_attention(self) -> Tensor | None:
         whole = None if self._notes is None else self._notes.cls_attention
