@@ -6,7 +6,9 @@
 
 Runs from the repository's root with torch and transformers alone. Accuracy is not the point: weights, pictures and
 words are random, so a condition on attention (ToDRE's last drop) is met or not by chance; what was realised is what is
-counted. The dense system's row is dense under `btp.prune` with a plan of no stages, against dense without it.
+counted. The dense system's row is dense under `btp.prune` with a plan of no stages, against dense without it. On CUDA
+every row comes twice, launched eagerly and by graphs, dense launched like it: the targets are 2.5x at batch 8 and, by
+graphs, 1.8x at batch 1.
 
 Shapes: B batch, N image tokens, S tokens of the prompt.
 """
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +34,13 @@ from benchmarks import table
 from benchmarks.machine import default_path, gpu_state, setting
 from benchmarks.shapes import SHAPES, Shape
 from btp import Plan, presets, prune
+from btp.capture import CaptureError
 from btp.cost import image_token_flops, kv_cache_bytes, mean_tokens, prefill_multiplies
 from btp.device_lock import device_lock
 from btp.errors import BusyDeviceError
 from btp.families import anatomy_of
 from btp.intervals import percentile
-from btp.latency import LatencyBlocks, device_key, measure
+from btp.latency import LatencyBlocks, Launch, device_key, measure
 from btp.plan import Stage
 from btp.selection import SELECTORS
 from btp.tokens import ImageTokens
@@ -52,12 +56,20 @@ def systems(num_layers: int) -> dict[str, tuple[str, Plan]]:
     return {**found, "btp_released_drop": ("BTP (released, last drop)", released)}
 
 
-def paired_runs(model: Any, inputs: Mapping[str, Tensor], plan: Plan, num_pairs: int) -> LatencyBlocks:
-    """Eager launches, dense and pruned in turns; half as many untimed pairs before, or fewer once they are steady."""
+def launches(device: str) -> tuple[Launch, ...]:
+    """A CPU has no graphs."""
+    return ("eager", "graphs") if device == "cuda" else ("eager",)
+
+
+def paired_runs(
+    model: Any, inputs: Mapping[str, Tensor], plan: Plan, num_pairs: int, launch: Launch = "eager"
+) -> LatencyBlocks:
+    """Dense and pruned in turns, launched alike; half as many untimed pairs before, or fewer once they are steady."""
     cores = len(os.sched_getaffinity(0))
     spared = 1 - 0.8 * min(torch.get_num_threads(), cores) / cores  # what our threads leave free, and a fifth of theirs
     most = max(1, num_pairs // 2)
-    return measure(model, inputs, plan, repeats=num_pairs, min_warmup=1, max_warmup=most, max_others=spared)
+    warmup = {"min_warmup": 1, "max_warmup": most}
+    return measure(model, inputs, plan, repeats=num_pairs, max_others=spared, launch=launch, **warmup)
 
 
 def summary(blocks: LatencyBlocks, metric: Literal["prefill", "first_token"]) -> dict[str, Any]:
@@ -145,14 +157,19 @@ def selector_ms(model: Any, inputs: Mapping[str, Tensor], plan: Plan) -> tuple[f
     return float(percentile(tuple(found), 50)), (time.perf_counter() - started) / NUM_SELECTOR_RUNS
 
 
-def measured(model: Any, inputs: Mapping[str, Tensor], plan: Plan, share_s: float, dense_s: float) -> dict[str, Any]:
-    """One row's figures, in about `share_s` seconds but with `MIN_PAIRS` pairs at least; dense_s: of one dense run."""
+def measured(
+    model: Any, inputs: Mapping[str, Tensor], plan: Plan, launch: Launch, share_s: float, dense_s: float
+) -> dict[str, Any]:
+    """One row's figures, in about `share_s` seconds but with `MIN_PAIRS` pairs at least; dense_s: of one dense run.
+
+    Selectors' milliseconds and peak memory are those of an eager launch.
+    """
     end = time.perf_counter() + share_s
     found = realised(model, inputs, plan)
     own_ms, run_s = selector_ms(model, inputs, plan)
     pair_s = (dense_s or run_s) + run_s
     num_pairs = int((end - time.perf_counter()) / (1.5 * pair_s))  # up to half as many to warm up
-    blocks = paired_runs(model, inputs, plan, min(MAX_PAIRS, max(MIN_PAIRS, num_pairs)))
+    blocks = paired_runs(model, inputs, plan, min(MAX_PAIRS, max(MIN_PAIRS, num_pairs)), launch)
     prefill = summary(blocks, "prefill")
     return {
         **found,
@@ -183,15 +200,17 @@ class Budget:
         return share
 
 
-def attempted(model: Any, inputs: Mapping[str, Tensor], plan: Plan, share_s: float, dense_s: float) -> dict[str, Any]:
+def attempted(
+    model: Any, inputs: Mapping[str, Tensor], plan: Plan, launch: Launch, share_s: float, dense_s: float
+) -> dict[str, Any]:
     """`measured`, or a note why not."""
     if share_s <= 0:
         return {"note": "not measured: the budget was spent"}
     try:
-        return measured(model, inputs, plan, share_s, dense_s)
+        return measured(model, inputs, plan, launch, share_s, dense_s)
     except torch.cuda.OutOfMemoryError:
         reason = "out of memory"
-    except BusyDeviceError as error:
+    except (BusyDeviceError, CaptureError) as error:
         reason = str(error)
     if inputs["input_ids"].is_cuda:
         torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
@@ -199,19 +218,20 @@ def attempted(model: Any, inputs: Mapping[str, Tensor], plan: Plan, share_s: flo
 
 
 def run(shapes: Sequence[Shape], batches: Sequence[int], device: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row for every shape, batch and system; one that could not be measured has a `note` in place of figures."""
+    """A row a shape, batch, launch and system; one that could not be measured has a `note` in place of figures."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     cells = [(shape, batch) for shape in shapes for batch in batches]
-    budget = Budget(seconds, cells, len(systems(32)))
+    budget = Budget(seconds, cells, len(launches(device)) * len(systems(32)))
     for shape in shapes:
         model = shape.build(device, dtype)
         for batch in batches:
             inputs, dense_s = shape.inputs(batch, device, dtype), 0.0
-            row = {"shape": shape.name, "batch": batch, "launch": "eager", "key": asdict(device_key(model, inputs))}
-            for system, (name, plan) in systems(anatomy_of(model).decoder.num_layers).items():
-                found = attempted(model, inputs, plan, budget.next_share_s(), dense_s)
+            setup = {"shape": shape.name, "batch": batch, "key": asdict(device_key(model, inputs))}
+            plans = systems(anatomy_of(model).decoder.num_layers)
+            for launch, (system, (name, plan)) in product(launches(device), plans.items()):
+                found = attempted(model, inputs, plan, launch, budget.next_share_s(), dense_s)
                 dense_s = dense_s or found.get("run_s", 0.0)
-                yield {**row, "system": system, "name": name, "plan": plan.to_dict(), **found}
+                yield {**setup, "launch": launch, "system": system, "name": name, "plan": plan.to_dict(), **found}
         del model
         if device == "cuda":
             torch.cuda.empty_cache()

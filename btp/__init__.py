@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from btp import presets
     from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
+    from btp.capture import CaptureError
     from btp.errors import (
         BTPError,
         BusyDeviceError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from btp.families import anatomy_of
+    from btp.graphs import GraphedPrefill
     from btp.latency import LatencyBlocks, device_key, measure
     from btp.plan import Plan, Stage
     from btp.prefill import Trace
@@ -35,7 +37,9 @@ __all__ = [
     "SELECTORS",
     "BTPError",
     "BusyDeviceError",
+    "CaptureError",
     "DeviceKey",
+    "GraphedPrefill",
     "ImageTokens",
     "LatencyBlocks",
     "ModelIdentity",
@@ -63,7 +67,9 @@ __all__ = [
 _HOME = {
     "BTPError": "errors",
     "BusyDeviceError": "errors",
+    "CaptureError": "capture",
     "DeviceKey": "profile",
+    "GraphedPrefill": "graphs",
     "ImageTokens": "tokens",
     "LatencyBlocks": "latency",
     "ModelIdentity": "profile",

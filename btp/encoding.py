@@ -19,7 +19,7 @@ from torch import Tensor
 from btp.anatomy import Anatomy
 from btp.ops import Grids
 
-__all__ = ["Notes", "join_pictures", "notes_of", "noting", "split_pictures"]
+__all__ = ["Notes", "attach_notes", "join_pictures", "notes_of", "noting", "split_pictures"]
 
 _ATTRIBUTE = "_btp_notes"
 
@@ -46,6 +46,11 @@ def notes_of(encoded: object) -> Notes | None:
     return getattr(encoded, _ATTRIBUTE, None)
 
 
+def attach_notes(encoded: object, notes: Notes) -> None:
+    """Let encoded pictures carry these notes, in place of any they carried."""
+    setattr(encoded, _ATTRIBUTE, notes)
+
+
 @contextmanager
 def noting(anatomy: Anatomy, latest: list[Notes]) -> Iterator[None]:
     """Within it, whatever encodes pictures leaves notes on the result, and in `latest`, of which it is the only item.
@@ -65,7 +70,7 @@ def noting(anatomy: Anatomy, latest: list[Notes]) -> Iterator[None]:
             encoded = encode(*args, **kwargs)
         latest[:] = [_notes(anatomy, inspect.signature(encode).bind(*args, **kwargs).arguments, recorded)]
         if not isinstance(encoded, tuple):
-            setattr(encoded, _ATTRIBUTE, latest[0])
+            attach_notes(encoded, latest[0])
         return encoded
 
     multimodal.get_image_features = noted
@@ -107,7 +112,7 @@ def join_pictures(pictures: Sequence[Any]) -> Any:
     grids = None if notes[0].grids is None else tuple(grids for own in notes for grids in own.grids)
     parts = [own.cls_attention for own in notes]
     encoded = BaseModelOutputWithPooling(pooler_output=features)
-    setattr(encoded, _ATTRIBUTE, _known(grids, None if parts[0] is None else torch.cat(parts)))
+    attach_notes(encoded, _known(grids, None if parts[0] is None else torch.cat(parts)))
     return encoded
 
 

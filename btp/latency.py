@@ -17,18 +17,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from btp.capture import CaptureError
 from btp.device_lock import device_lock
 from btp.device_state import MIN_WATCH_S, DeviceState, Watch, watch
 from btp.errors import BusyDeviceError, PlanError
 from btp.families import anatomy_of
+from btp.graphs import GraphedPrefill
 from btp.intervals import Interval, ratio_interval, repetition_interval, theil_sen_slope
 from btp.plan import Plan
 from btp.profile import DeviceKey
 from btp.timing import Run, timed_run
 
-__all__ = ["LatencyBlocks", "Run", "WarmUp", "Window", "device_key", "measure"]
+__all__ = ["LatencyBlocks", "Launch", "Run", "WarmUp", "Window", "device_key", "measure"]
 
 Metric = Literal["prefill", "first_token"]
+Launch = Literal["eager", "graphs"]
 MAX_SLOPE = 0.01  # of the median run, from one run to the next
 SLOPE_SPAN = 8  # runs the slope is taken over
 MAX_OTHERS = 0.10  # of the cores' time
@@ -60,13 +63,15 @@ class Window:
 class LatencyBlocks:
     """A measurement: raw runs by window, and all that is needed to judge them.
 
-    refused: why windows were thrown away, one text each. metric: "prefill" or "first_token", of the same runs.
+    refused: why windows were thrown away, one text each. launch: of dense and pruned runs alike. metric: "prefill" or
+    "first_token", of the same runs.
     """
 
     key: DeviceKey
     warmup: WarmUp
     windows: tuple[Window, ...]
     refused: tuple[str, ...]
+    launch: Launch = "eager"
 
     def pruned_ms(self, metric: Metric = "prefill") -> tuple[float, ...]:
         """The pruned runs, one a block."""
@@ -96,6 +101,7 @@ def measure(
     max_others: float = MAX_OTHERS,
     max_refused: int = 10,
     lock_timeout_s: float = 600.0,
+    launch: Launch = "eager",
 ) -> LatencyBlocks:
     """Time `repeats` pruned prefills of `inputs` against dense ones, alone on the device.
 
@@ -103,9 +109,10 @@ def measure(
     last `SLOPE_SPAN` dense and pruned runs under `MAX_SLOPE` of their median a run. max_others: share of the time of
     the cores this process may run on that others may use; 1.0 lets them. max_refused: windows thrown away for that, or
     for another process on the GPU, with a pause after each, before giving up. The device's lock is held all the time.
+    launch: "graphs" replays dense and pruned prefills alike, each recorded before the warm-up (`GraphedPrefill`).
 
     Raises PlanError for illegal numbers; BusyDeviceError where too many windows were refused, or another process held
-    the lock for `lock_timeout_s`.
+    the lock for `lock_timeout_s`; CaptureError where either prefill has no graph: the two are never launched unlike.
     """
     if repeats < 1 or not 0 <= min_warmup <= max_warmup:
         raise PlanError(
@@ -115,6 +122,8 @@ def measure(
     device = next(model.parameters()).device
     session = _Session(model, inputs, plan, watch(device), max_others, max_refused)
     with device_lock(device, lock_timeout_s):
+        if launch == "graphs":
+            session.record()
         warmup = session.warm_up(min_warmup, max_warmup)
         session.run(repeats)
     return LatencyBlocks(
@@ -122,6 +131,7 @@ def measure(
         warmup=warmup,
         windows=tuple(session.windows),
         refused=tuple(session.refused),
+        launch=launch,
     )
 
 
@@ -133,8 +143,21 @@ class _Session:
     ) -> None:
         self._model, self._inputs, self._plan = model, inputs, plan
         self._watch, self._max_others, self._max_refused = watch, max_others, max_refused
+        self._dense_graph: GraphedPrefill | None = None
+        self._pruned_graph: GraphedPrefill | None = None
         self.windows: list[Window] = []
         self.refused: list[str] = []
+
+    def record(self) -> None:
+        """Launch by graphs from now on."""
+        self._dense_graph, self._pruned_graph = GraphedPrefill(self._model), GraphedPrefill(self._model, self._plan)
+        for name, graph in (("dense", self._dense_graph), ("pruned", self._pruned_graph)):
+            graph(**self._inputs)
+            if graph.fallback_because is not None:
+                raise CaptureError(
+                    f"dense and pruned prefills must both be recorded to be compared, but the {name} one has no graph: "
+                    f"{graph.fallback_because}; measure with launch='eager'"
+                )
 
     def warm_up(self, at_least: int, at_most: int) -> WarmUp:
         dense: list[float] = []
@@ -188,10 +211,10 @@ class _Session:
         time.sleep(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (len(self.refused) - 1)))
 
     def _dense(self) -> Run:
-        return timed_run(self._model, self._inputs, None)
+        return timed_run(self._model, self._inputs, None, self._dense_graph)
 
     def _pruned(self) -> Run:
-        return timed_run(self._model, self._inputs, self._plan)
+        return timed_run(self._model, self._inputs, self._plan, self._pruned_graph)
 
 
 def _relative_slope(values: Sequence[float]) -> float:

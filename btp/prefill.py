@@ -26,15 +26,25 @@ from btp.selection import SELECTORS
 __all__ = ["CacheLayout", "Prefill", "Promise", "Trace", "check_promises"]
 
 
+@dataclass(frozen=True, eq=False)
+class Promise:
+    """Whether a selector's indices are distinct, sorted and in range, as a boolean on the device."""
+
+    selector: str
+    kept: Tensor
+
+
 @dataclass(eq=False)
 class Trace:
     """Which image tokens each decoder layer of the latest prefill saw. Empty for a prompt without images.
 
-    alive: one (B, K) tensor a layer, rising indices into 0..num_image_tokens-1.
+    alive: one (B, K) tensor a layer, rising indices into 0..num_image_tokens-1. promises: of its selectors, until they
+    are looked at, before the next prefill or at the end of the `with`.
     """
 
     alive: list[Tensor] = field(default_factory=list)
     num_image_tokens: int = 0
+    promises: list[Promise] = field(default_factory=list)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -67,14 +77,6 @@ class CacheLayout:
         """Prompt tokens that went through the layer, and into its cache unless a sliding window dropped them."""
         columns_BK = self.columns[self.depth_of_layer[layer]]
         return self.prompt_length if columns_BK is None else columns_BK.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Promise:
-    """Whether a selector's indices are distinct, sorted and in range, as a boolean on the device."""
-
-    selector: str
-    kept: Tensor
 
 
 def check_promises(promises: list[Promise]) -> None:
@@ -118,12 +120,12 @@ class Prefill:
         self._depth_of_layer: list[int] = []
         self._sliced: dict[str, dict[str, Any]] = {}
         self._skipped: list[Stage] = []
-        self.promises: list[Promise] = []
+        self._promises: list[Promise] = []
         self._positions = Positions(anatomy, decoder_inputs, self._reading)
         self._deepstack: Sequence[Tensor] = ()
         self.decoder_inputs = decoder_inputs
-        if self._cuts and decoder_inputs.get("deepstack_visual_embeds") is not None:
-            # The decoder would add these at the places of the unpruned sequence; leave_layer adds them instead.
+        if num_image_tokens and decoder_inputs.get("deepstack_visual_embeds") is not None:
+            # The decoder would add these at the places of the unpruned sequence, which it looks for on the host.
             self._deepstack = decoder_inputs["deepstack_visual_embeds"]
             self.decoder_inputs = {**decoder_inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
 
@@ -164,7 +166,10 @@ class Prefill:
         )
 
     def verify(self, output_BLD: Tensor) -> None:
-        """Raise RealizationError unless every layer ran with the plan's number of image tokens."""
+        """Raise RealizationError unless every layer ran with the plan's number of image tokens.
+
+        What its selectors promised goes to the trace: it is asked for when that costs no wait.
+        """
         total = self.trace.num_image_tokens
         carried_out = replace(self._plan, stages=tuple(s for s in self._plan.stages if s not in self._skipped))
         planned = tokens_per_layer(carried_out, len(self._anatomy.layers), total)
@@ -174,6 +179,7 @@ class Prefill:
                 f"the layers must see the plan's image tokens {planned} and end with {output_length} tokens, got "
                 f"{self.trace.counts} and {output_BLD.shape[1]}; another hook or a compiled layer bypasses pruning"
             )
+        self.trace.promises += self._promises
 
     def _is_due(self, stage: Stage) -> bool:
         """Whether a conditional stage's condition holds, in every row. Reads the device, as any condition must."""
@@ -213,10 +219,8 @@ class Prefill:
             )
         distinct = (selected_BK.diff(dim=1) > 0).all()
         inside = (selected_BK[:, 0] >= 0).all() & (selected_BK[:, -1] < self._image_BN.shape[1]).all()
-        self.promises.append(Promise(stage.selector, distinct & inside))
-        if selected_BK.device.type == "cpu":  # elsewhere the answer is asked for when it costs no wait
-            check_promises(self.promises)
-        return selected_BK
+        self._promises.append(Promise(stage.selector, distinct & inside))
+        return selected_BK.clamp(0, self._image_BN.shape[1] - 1)  # an index out of range would end a CUDA context
 
     def _length(self) -> int:
         columns_BL = self._columns[-1]

@@ -19,7 +19,7 @@ from btp.encoding import Notes, notes_of, noting
 from btp.errors import PlanError, RealizationError
 from btp.families import anatomy_of
 from btp.plan import Plan
-from btp.prefill import CacheLayout, Prefill, Promise, Trace, check_promises
+from btp.prefill import CacheLayout, Prefill, Trace, check_promises
 from btp.profile import Profile
 from btp.selection import SELECTORS
 
@@ -58,7 +58,7 @@ def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
         for handle in hooks.register():
             cleanup.callback(handle.remove)
         yield trace
-        check_promises(hooks.promises)
+        check_promises(trace.promises)
 
 
 def is_pruned(model: nn.Module) -> bool:
@@ -91,7 +91,6 @@ class _Hooks:
         self._anatomy, self._plan, self._trace = anatomy, plan, trace
         self._prompt: dict[str, Any] | None = None  # inputs of the multimodal module, until the decoder takes them
         self.notes: list[Notes] = []  # of the pictures encoded since the prompt came in
-        self.promises: list[Promise] = []  # of selectors, not looked at yet
         self._forward: Prefill | Decode | None = None
         self._cache: object | None = None
 
@@ -147,7 +146,7 @@ class _Hooks:
                 "a prefill under prune() must come through the whole model, got a call of its language model alone: "
                 "the image tokens cannot be told; call model(input_ids=..., pixel_values=...)"
             )
-        check_promises(self.promises)
+        check_promises(self._trace.promises)
         encoded = prompt.get("mm_encoder_outputs") or {}
         if prompt.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise RealizationError(
@@ -192,7 +191,6 @@ class _Hooks:
         forward, cache, self._forward, self._cache = self._forward, self._cache, None, None
         if isinstance(forward, Prefill):
             forward.verify(output[0])
-            self.promises += forward.promises
             if cache is not None:
                 attach_layout(cache, forward.layout())
 

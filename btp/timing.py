@@ -1,14 +1,16 @@
 """One prefill, timed: on the CPU's clock, or by events on the GPU's stream."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from btp.families import anatomy_of
+from btp.graphs import GraphedPrefill
 from btp.plan import Plan
 from btp.pruning import prune
 
@@ -59,19 +61,26 @@ class _CudaClock:
 
 
 @torch.inference_mode()
-def timed_run(model: nn.Module, inputs: Mapping[str, Any], plan: Plan | None) -> Run:
-    """One prefill to the last token's logits, of the dense model for no plan."""
+def timed_run(
+    model: nn.Module, inputs: Mapping[str, Any], plan: Plan | None, graph: GraphedPrefill | None = None
+) -> Run:
+    """One prefill to the last token's logits, of the dense model for no plan; `graph`: of these, launched by it.
+
+    A graph must have been recorded before. Its copying of inputs counts, and in the time to first token the telling of
+    its bucket.
+    """
     device = next(model.parameters()).device
     clock: _Clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    prefill: Callable[..., Any] = partial(model, use_cache=True, logits_to_keep=1) if graph is None else graph
 
     def mark(module: nn.Module, args: tuple[Any, ...]) -> None:
         clock.mark()
 
     handle = anatomy_of(model).language_model.register_forward_pre_hook(mark)  # before prune's: its work counts
     try:
-        with prune(model, plan) if plan is not None else nullcontext():
+        with prune(model, plan) if plan is not None and graph is None else nullcontext():
             clock.mark()
-            model(**inputs, use_cache=True, logits_to_keep=1)
+            prefill(**inputs)
             clock.mark()
     finally:
         handle.remove()

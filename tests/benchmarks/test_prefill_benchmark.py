@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import prefill, shapes, table
 from btp import presets
+from btp.capture import CaptureError
 from btp.cost import image_token_flops, mean_tokens, tokens_per_layer
 from btp.plan import Plan, Stage
 from btp.selection import SELECTORS
@@ -133,6 +134,34 @@ def test_a_cache_of_another_size_is_an_error(monkeypatch):
         prefill.realised(model, inputs, presets.fastv(8))
 
 
+def test_graphs_are_measured_where_they_can_be(monkeypatch):
+    """The rows of a CUDA device, on a CPU: what has no graph says why."""
+    monkeypatch.setattr(prefill, "launches", lambda device: ("eager", "graphs"))
+    launched = []
+    monkeypatch.setattr(prefill, "measured", lambda *args: launched.append(args[3]) or graphless(args[3]))
+    rows = list(prefill.run(TINY[:1], [1], "cpu", seconds=100.0))
+    assert [row["launch"] for row in rows] == launched == ["eager"] * NUM_SYSTEMS + ["graphs"] * NUM_SYSTEMS
+    assert len({(row["launch"], row["system"]) for row in rows}) == 2 * NUM_SYSTEMS
+    assert {row.get("note") for row in rows} == {None, "not measured: no graph here"}
+    assert table.of_run({"device": "x", "rows": [row for row in rows if "note" in row]}).count("graphs") == NUM_SYSTEMS
+
+
+def graphless(launch):
+    if launch == "graphs":
+        raise CaptureError("no graph here")
+    return {"run_s": 0.01}
+
+
+def test_rows_of_graphs_are_launched_by_graphs(monkeypatch):
+    model, inputs = TINY[0].build("cpu", torch.float32), TINY[0].inputs(1, "cpu", torch.float32)
+    asked = []
+    monkeypatch.setattr(prefill, "measure", lambda *args, launch, **settings: asked.append(launch) or 1 / 0)
+    for launch in ("eager", "graphs"):
+        with pytest.raises(ZeroDivisionError):
+            prefill.measured(model, inputs, presets.fastv(8), launch, 1.0, 0.01)
+    assert asked == ["eager", "graphs"]
+
+
 def test_a_spent_budget_leaves_rows_without_figures():
     rows = list(prefill.run(TINY[:1], [1], "cpu", seconds=0.0))
     assert len(rows) == NUM_SYSTEMS
@@ -207,8 +236,13 @@ def test_on_cuda(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     rows = run_of(tmp_path, "--device", "cuda")["rows"]
-    assert len(rows) == NUM_SYSTEMS * len(TINY)
+    assert len(rows) == 2 * NUM_SYSTEMS * len(TINY)
+    without = {row["system"] for row in rows if row["launch"] == "graphs" and "note" in row}
+    conditional = {row["system"] for row in rows if any(stage["attention_below"] for stage in row["plan"]["stages"])}
+    assert without == conditional
     for row in rows:
+        if "note" in row:
+            continue
         assert row["peak_bytes"] > row["cache_bytes"] > 0
         assert math.isfinite(row["selector_ms"])
         assert row["key"]["dtype"] == "bfloat16"

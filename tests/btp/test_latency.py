@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, repeat
 from types import SimpleNamespace
 
@@ -15,11 +16,14 @@ import pytest
 import torch
 
 from btp import BusyDeviceError, Plan, PlanError, Stage, device_key, latency, measure
+from btp.capture import CaptureError
 from btp.device_lock import device_lock, lock_name
 from btp.device_state import CpuWatch, DeviceState, GpuWatch, bearable_share, watch
+from btp.graphs import GraphedPrefill
 from btp.intervals import percentile, ratio_interval, repetition_interval, stretch_length, theil_sen_slope
 from btp.latency import LatencyBlocks, WarmUp, Window
 from btp.timing import Run
+from tests.btp.tape import Tape
 
 PLAN = Plan(stages=(Stage(layer=1, keep=0.5),))
 CPU = torch.device("cpu")
@@ -62,6 +66,35 @@ def test_measure_returns_blocks_and_leaves_the_model_alone(llava, inputs_for, de
     assert blocks.key == device_key(model, inputs)
 
 
+def test_graphs_are_measured_against_graphs(llava, inputs_for, monkeypatch):
+    made, model, inputs = [], llava(), inputs_for(2, padding="left")
+
+    def graphed(*args):
+        made.append(GraphedPrefill(*args, capture=Tape))
+        return made[-1]
+
+    monkeypatch.setattr(latency, "GraphedPrefill", graphed)
+    blocks = measure(model, inputs, PLAN, repeats=3, min_warmup=1, max_warmup=1, max_others=1.0, launch="graphs")
+    assert blocks.launch == "graphs"
+    dense, pruned = made
+    assert (dense.num_graphs, pruned.num_graphs) == (1, 1)
+    assert (dense.trace.counts, pruned.trace.counts) == ((25,) * 4, (25, 13, 13, 13))
+    for metric in ("prefill", "first_token"):
+        assert len(blocks.dense_ms(metric)) == len(blocks.pruned_ms(metric)) == 3
+    assert all(run.first_token_ms > run.prefill_ms > 0 for window in blocks.windows for run in window.pruned)
+    assert measure(model, inputs, PLAN, repeats=1, max_warmup=3, max_others=1.0).launch == "eager"
+    assert len(made) == 2
+
+
+def test_a_graph_is_never_measured_against_an_eager_launch(llava, inputs_for, monkeypatch):
+    with pytest.raises(CaptureError, match=r"the dense one has no graph: only a CUDA device .* launch='eager'"):
+        measure(llava(), inputs_for(), PLAN, launch="graphs")
+    monkeypatch.setattr(latency, "GraphedPrefill", partial(GraphedPrefill, capture=Tape))
+    conditional = Plan(stages=(Stage(layer=1, keep=0.0, attention_below=0.1),))
+    with pytest.raises(CaptureError, match=r"the pruned one has no graph: the stage before layer 1 is conditional"):
+        measure(llava(), inputs_for(), conditional, launch="graphs")
+
+
 def test_windows_are_unbroken_and_long_enough_to_watch(llava, inputs_for, monkeypatch):
     monkeypatch.setattr(latency, "timed_run", clocked([0.05] * 100))
     blocks = measure(llava(), inputs_for(), PLAN, repeats=8, min_warmup=0, max_warmup=0, max_others=1.0)
@@ -78,7 +111,7 @@ def clocked(seconds):
     """Stands for the model's runs: each takes what comes next."""
     durations = iter(seconds)
 
-    def timed(model, inputs, plan):
+    def timed(model, inputs, plan, graph):
         lasting = next(durations)
         time.sleep(lasting)
         return Run(lasting * 1e3, lasting * 1e3)

@@ -378,9 +378,8 @@ class TestRefusals:
         model, inputs = llava(device=device), inputs_for(device=device)
         chosen = torch.tensor([wrong], device=device)
         monkeypatch.setitem(SELECTORS, "balanced", lambda tokens, num_keep, stage: chosen)
-        if device == "cuda" and not 0 <= min(wrong) <= max(wrong) < 25:
-            pytest.skip("an index out of range ends a CUDA context before anybody can ask")
-        with pytest.raises(RealizationError, match="distinct, sorted indices"), prune(model, PLAN):
+        plan = Plan(stages=PLAN.stages[:1])
+        with pytest.raises(RealizationError, match="distinct, sorted indices"), prune(model, plan):
             model(**inputs)
 
     def test_a_keep_that_rounds_to_nothing(self, llava, inputs_for):
