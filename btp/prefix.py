@@ -20,8 +20,9 @@ from btp.encoding import noting
 from btp.errors import RealizationError
 from btp.families import anatomy_of
 from btp.plan import Plan
+from btp.prefill import CacheLayout
 
-__all__ = ["DensePrefix", "discount_masked", "encode_images", "resume", "take_cache_rows"]
+__all__ = ["DensePrefix", "cache_of_rows", "discount_masked", "encode_images", "resume"]
 
 
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,19 +138,29 @@ def _restore_forward(layer: nn.Module, shadowed: Callable[..., Any] | None) -> N
         layer.forward = shadowed
 
 
-def take_cache_rows(cache: Any, rows: Sequence[int], num_layers: int) -> None:
-    """Leave only these rows of the batch in the cache, pruned or dense, in the given order."""
+def cache_of_rows(cache: Any, rows: Sequence[int], num_layers: int) -> Any:
+    """A cache of these rows of the batch, pruned or dense, in the given order and as often as given.
+
+    The cache it is taken from stays as it is, and new tokens go into one of the two alone.
+    """
     layout = layout_of(cache, num_layers)
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
     index_K = torch.tensor(rows, device=cache.layers[0].keys.device)
-    cache.batch_select_indices(index_K)
-    if layout is not None:
-        taken = replace(
-            layout,
-            columns=tuple(_rows(columns_BK, index_K) for columns_BK in layout.columns),
-            shifts=tuple(_rows(shift_B1, index_K) for shift_B1 in layout.shifts),
-            next_position=_rows(layout.next_position, index_K),
-        )
-        attach_layout(cache, taken)
+    if rows != list(range(len(cache.layers[0].keys))):
+        taken.batch_select_indices(index_K)
+        if layout is not None:
+            attach_layout(taken, _layout_of_rows(layout, index_K))
+    return taken
+
+
+def _layout_of_rows(layout: CacheLayout, index_K: Tensor) -> CacheLayout:
+    return replace(
+        layout,
+        columns=tuple(_rows(columns_BK, index_K) for columns_BK in layout.columns),
+        shifts=tuple(_rows(shift_B1, index_K) for shift_B1 in layout.shifts),
+        next_position=_rows(layout.next_position, index_K),
+    )
 
 
 def discount_masked(cache: Any, num_masked_B1: Tensor, num_layers: int) -> None:

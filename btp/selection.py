@@ -5,7 +5,7 @@ view of the tokens, how many to keep, and the stage's settings, and returns (B, 
 is deterministic, treats the rows of a batch alike, and never reads a tensor's value on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
@@ -16,7 +16,7 @@ from btp.ops import Grids
 from btp.plan import Stage, round_half_up
 from btp.tokens import ImageTokens
 
-__all__ = ["SELECTORS", "Selector"]
+__all__ = ["PICTURE_ONLY", "READS", "SELECTORS", "Selector"]
 
 FEATURE_SHARE = 1 / 8  # of the diverse picks, chosen by features; the rest by place (BTP: "a few more")
 _PIVOTS = 4  # of the image and as many of the instruction (DART)
@@ -170,6 +170,23 @@ SELECTORS: dict[str, Selector] = {
     "random": random,
     "uniform": uniform,
 }
+_SCORED = frozenset({"attention", "oversample"})
+_NOTHING: frozenset[str] = frozenset()
+READS: Mapping[str, frozenset[str]] = {
+    "attention": _SCORED,
+    "balanced": _SCORED | {"attention_weight"},
+    "dart": _NOTHING,
+    "diversity": _NOTHING,
+    "dpp": _NOTHING,
+    "joint": _SCORED | {"attention_weight", "seeds"},
+    "k_center": _NOTHING,
+    "max_sum": _NOTHING,
+    "random": _NOTHING,
+    "uniform": _NOTHING,
+}
+"""The fields of a stage that each selector's choice depends on; take one that is not here to read them all."""
+PICTURE_ONLY: frozenset[str] = frozenset({"diversity", "k_center", "max_sum", "random", "uniform"})
+"""Selectors that look at image tokens alone: not at the text, nor at what the prompt's last token attends to."""
 
 
 def _attention(tokens: ImageTokens, stage: Stage) -> Tensor:

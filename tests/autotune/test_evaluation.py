@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +11,14 @@ import pytest
 import torch
 
 from autotune import evaluation, reference
-from autotune.answering import generated, verified, why_not_verified
+from autotune.answering import Line, generated, verified, why_not_verified
 from autotune.config import AutotuneError
+from autotune.continuation import Continuation
 from autotune.data import Example, from_dataset
 from autotune.evaluation import Evaluator, EvaluatorPool, load_model, prompt_inputs
 from autotune.prefix_store import PrefixStore
 from autotune.prompts import expected_text
+from autotune.scores import Scores, joined
 from autotune.tasks import SCORERS
 from btp import Plan, Stage, presets, prune
 from btp.prefix import DensePrefix, resume
@@ -91,18 +95,31 @@ def test_these_plans_lead_to_right_and_to_wrong_answers(evaluator: Evaluator) ->
     assert 1.0 in evaluator(DENSE).scores
 
 
-def test_right_guesses_take_two_forwards(
-    evaluator: Evaluator, loaded: tuple[Any, Any], examples: list[Example]
-) -> None:
-    model, calls = loaded[0], []
-    right = [e for e, score in zip(examples, evaluator(DENSE).scores, strict=True) if score == 1.0]
-    own = Evaluator(*loaded, right)
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+@contextmanager
+def fed(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """The shapes of the tokens of every forward, in a list that grows."""
+    shapes: list[tuple[int, int]] = []
+    handle = model.register_forward_hook(lambda *args: shapes.append(args[2]["input_ids"].shape), with_kwargs=True)
     try:
-        own(DENSE)
+        yield shapes
     finally:
         handle.remove()
-    assert len(calls) == 2 * len(own._batches(evaluation.BATCH_SIZE))
+
+
+@pytest.mark.parametrize("selector", ["attention", "diversity"])
+def test_answers_that_dense_gives_as_well_take_two_forwards(
+    evaluator: Evaluator, loaded: tuple[Any, Any], examples: list[Example], selector: str
+) -> None:
+    plan = Plan(stages=(Stage(layer=4, keep=0.5, selector=selector),))
+    dense, pruned = evaluator(DENSE).answers, evaluator(plan).answers
+    alike = [e for e, one, other in zip(examples, dense, pruned, strict=True) if one == other]
+    assert len(alike) > NUM_EXAMPLES // 2
+    own = Evaluator(*loaded, alike)
+    own(DENSE)
+    with fed(loaded[0]) as shapes:
+        own(plan)
+    batches = own._batches((0, len(alike)), own._kind(plan))
+    assert len(shapes) == len(batches) + sum(len(batch.branches) for batch in batches)
 
 
 def test_expected_answers_are_guessed_in_the_models_own_tokens(
@@ -163,8 +180,9 @@ def test_any_guess_leads_to_the_same_answer(name: str, kernel: str, padding: str
             plain = generated(model, inputs, limits)
             assert [len(row) for row in plain] == limits
             early, late = [[5, *row[1:]] for row in plain], [[*row[:2], 5, *row[3:]] for row in plain]
-            for guesses in (plain, early, late, [[], plain[1] * 3, plain[2][:1]]):
-                assert verified(model, inputs, guesses, limits) == plain
+            for guesses in (plain, early, late, [[], plain[1] * 3, plain[2][:1]], [[], [], []]):
+                lines = [Line(guess, limit) for guess, limit in zip(guesses, limits, strict=True)]
+                assert verified(model, Continuation(model, inputs), lines)[0] == plain
 
 
 def test_a_sliding_window_is_decoded_and_the_reason_told() -> None:
@@ -235,10 +253,41 @@ def test_without_disk_prefixes_are_dropped() -> None:
     assert not use(store, "a")
 
 
-def test_a_pool_answers_alike(evaluator: Evaluator, examples: list[Example]) -> None:
-    plan = PLANS["btp_released"]
-    pool = EvaluatorPool(str(reference.WEIGHTS), {"few": examples}, 2)
-    assert pool(plan, "few") == evaluator(plan)
+def about(few: Scores, many: Scores) -> None:
+    """The same, but for rounding."""
+    assert (few.answers, few.scores, few.realised) == (many.answers, many.scores, many.realised)
+    assert few.kl == pytest.approx(many.kl, rel=1e-3, abs=1e-5)
+    assert few.nll == pytest.approx(many.nll, rel=1e-3, abs=1e-5)
+
+
+def test_a_pool_answers_alike_and_in_parts(
+    evaluator: Evaluator, loaded: tuple[Any, Any], examples: list[Example]
+) -> None:
+    plan, steps = PLANS["btp_released"], (5, 8)  # a picture is cut in two
+    pool = EvaluatorPool(str(reference.WEIGHTS), {"few": examples}, 2, steps={"few": steps})
+    about(pool(plan, "few"), evaluator(plan))
+    about(pool(plan, "few", 5, 8), Evaluator(*loaded, examples, steps)(plan, 5, 8))
+    with pytest.raises(AutotuneError, match="one of 0, 5, 8, 12, got 3 and 12"):
+        pool(plan, "few", 3)
+
+
+@pytest.mark.parametrize("selector", ["attention", "diversity"])
+def test_parts_between_steps_are_together_the_whole(
+    evaluator: Evaluator, loaded: tuple[Any, Any], examples: list[Example], selector: str
+) -> None:
+    plan = Plan(stages=(Stage(layer=1, keep=0.1, selector=selector),))
+    own = Evaluator(*loaded, examples, steps=(4, 10, 96))
+    with fed(loaded[0]) as shapes:
+        first = own(plan, 0, 4)
+    assert len(first.answers) == 4
+    assert sum(rows for rows, _ in shapes) < 4 * NUM_EXAMPLES  # nothing is done for those not asked for
+    rest = own(plan, 4)
+    assert (rest, own(plan, 4, 4).answers) == (joined([own(plan, 4, 10), own(plan, 10)]), ())
+    assert joined([first, rest]) == own(plan)
+    about(own(plan), evaluator(plan))
+    for start, stop in ((0, 5), (3, None), (10, 4)):
+        with pytest.raises(AutotuneError, match=r"one of 0, 4, 10, 12, got"):
+            own(plan, start, stop)
 
 
 def test_conditional_plans_keep_no_prefix(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from btp import Plan, RealizationError, Stage, prune
-from btp.prefix import DensePrefix, encode_images, resume
+from btp.prefix import DensePrefix, cache_of_rows, encode_images, resume
 from tests.btp.families import FAMILIES, NUM_LAYERS, decoder_layers
 
 NUM_TOKENS = 4
@@ -153,6 +153,31 @@ def test_no_trace_is_left(llava, inputs_for):
         del layers[0].forward
     with torch.no_grad():
         model(**inputs)
+
+
+@pytest.mark.parametrize("positions", ["keep", "reset"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_rows_taken_from_a_cache_go_on_alike_and_leave_it_as_it_is(llava, inputs_for, padding, positions):
+    model, inputs, rows = llava("sdpa"), inputs_for(3, padding=padding), [2, 0, 0, 1]
+    plan = plan_of((0, 0.6), (2, 0.3), positions=positions)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+
+    def after(cache, rows, token):
+        seen = torch.cat((mask[rows], torch.ones(len(rows), 1, dtype=mask.dtype)), dim=1)
+        position = seen.sum(dim=1, keepdim=True) - 1
+        fed = {"input_ids": torch.full((len(rows), 1), token), "attention_mask": seen, "position_ids": position}
+        return model(**fed, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    with torch.inference_mode(), prune(model, plan):
+        cache = model(**inputs, use_cache=True).past_key_values
+        taken = cache_of_rows(cache, rows, NUM_LAYERS)
+        same = cache_of_rows(cache, [0, 1, 2], NUM_LAYERS)
+        other = after(taken, rows, 7)
+        plain = after(same, [0, 1, 2], 5)
+        assert cache.get_seq_length(0) == same.get_seq_length(0) - 1
+        assert torch.equal(after(cache, [0, 1, 2], 5), plain)
+        again = model(**inputs, use_cache=True).past_key_values
+        torch.testing.assert_close(other, after(again, [0, 1, 2], 7)[rows], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
