@@ -1,46 +1,56 @@
-"""The study: what was asked, what was told, and which plan is best. The only file that knows Optuna."""
+"""The study: what was asked, what was told, and what to ask next; kept in an Optuna storage, and resumed from it."""
 
 from __future__ import annotations
 
 import json
 import logging
-import warnings
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config import check_sqlite
-from autotune.objective import Told
-from autotune.space import Draw, SearchSpace
+from autotune.objective import Told, steering
+from autotune.ranges import Choice, Draw, Float, Int, Range
+from autotune.samplers import CONSTRAINT, Observed, distributions, suggest
 from btp.plan import Plan
 
 __all__ = ["Study"]
 
-CONSTRAINT = "latency_over_limit"  # the one constraint, set on every COMPLETE trial: feasible is <= 0
-NUM_RANDOM = 12  # draws before TPE begins to learn, the fixed plans not counted
 FIXED_KEYS = ("fixed_name", "fixed_plan")
+MAX_REPEATS = 8  # draws that came to nothing new, before one of them is tried after all
+RETRY_OF = "retry_of"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class Study:
-    """One resumable study in one storage. Ask, evaluate, tell; a killed trial is found and asked again."""
+    """One resumable study in one storage. Ask, evaluate, tell; a killed trial is found and asked again.
+
+    A trial that racing stopped is kept as PRUNED, with its constraint and all it was told with: `ask` learns from it as
+    from any other, but Optuna's own `best_trials` holds no score of fewer samples.
+    """
 
     def __init__(self, storage: Path, name: str, seed: int) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
         check_sqlite(storage)
         storage.parent.mkdir(parents=True, exist_ok=True)
         self._seed = seed
-        self._url = f"sqlite:///{storage}"
         self._study = optuna.create_study(
-            storage=self._url, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
+            storage=f"sqlite:///{storage}",
+            study_name=name,
+            directions=["maximize", "minimize"],
+            load_if_exists=True,
+            sampler=RandomSampler(),  # draws nothing: every ask brings its own
         )
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
             kept = {key: trial.user_attrs[key] for key in FIXED_KEYS if key in trial.user_attrs}
-            self._study.enqueue_trial(trial.params, user_attrs={**kept, "retry_of": trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={**kept, RETRY_OF: _first_number(trial)})
 
     @property
     def name(self) -> str:
@@ -59,51 +69,67 @@ class Study:
             self._study.enqueue_trial({}, user_attrs={"fixed_name": name, "fixed_plan": plan.to_json()})
 
     @property
-    def _num_fixed(self) -> int:
-        return len({t.user_attrs["fixed_name"] for t in self._study.trials if "fixed_name" in t.user_attrs})
-
-    @property
     def num_done(self) -> int:
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        """Finished trials, stopped ones included."""
+        return len(self._finished())
 
-    def ask(self, space: SearchSpace) -> tuple[int, str, Plan | Draw]:
-        """Trial number, name, and what to try: a fixed plan, or a draw of the space.
+    def ask(
+        self, ranges: Mapping[str, Range], sampler: str, same: Callable[[Draw], Told | None] = lambda _: None
+    ) -> tuple[int, str, Plan | Draw]:
+        """Trial number, name, and what to try: a fixed plan, or a draw from the ranges, recorded as its parameters.
 
-        The sampler is seeded anew by (seed, finished trials), so a resumed study asks what an unbroken one would have.
+        Fixed plans, and what a killed process left, come first. Then `sampler` draws, steered by `steering`; its draw
+        depends on the seed and on the told trials that have one and on nothing else, so a resumed study asks what an
+        unbroken one would have. same: the finished trial that a draw would only repeat; such a draw is shown to the
+        sampler with that trial's result, and it draws again, up to `MAX_REPEATS` times.
         """
-        with warnings.catch_warnings():
-            # Fixed plans are trials without parameters; only grouping keeps the joint space of the others whole.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.sampler = optuna.samplers.TPESampler(
-                seed=int(np.random.SeedSequence((self._seed, self.num_done)).generate_state(1)[0]),
-                n_startup_trials=NUM_RANDOM + self._num_fixed,
-                multivariate=True,
-                group=True,
-            )
+        self._study.sampler = _HandsOut(distributions(ranges), lambda: self._suggest(ranges, sampler, same))
         trial = self._study.ask()
         if "fixed_plan" in trial.user_attrs:
             plan = Plan.from_dict(json.loads(trial.user_attrs["fixed_plan"]))
             return trial.number, trial.user_attrs["fixed_name"], plan
-        return trial.number, f"trial {trial.number}", space.suggest(trial)
+        draw = {name: _recorded(trial, name, setting) for name, setting in ranges.items()}
+        return trial.number, f"trial {trial.number}", draw
 
-    def tell(self, told: Told) -> None:
+    def _suggest(self, ranges: Mapping[str, Range], sampler: str, same: Callable[[Draw], Told | None]) -> Draw:
+        told = self.told()
+        loss = steering(told).loss
+        observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
+        for _ in range(MAX_REPEATS):
+            draw = suggest(sampler, ranges, observed, self._seed)
+            if (known := same(draw)) is None:
+                break
+            observed.append(Observed(draw, loss(known), known.ratio, known.over))
+        return draw
+
+    def tell(self, told: Told, key: str = "") -> None:
+        """Finish the trial. key: equal for plans that realise the same, for `same_as`."""
         trial = self._trial(told.number)
-        for key, value in {**asdict(told), "plan": told.plan.to_json(), "by_task": dict(told.by_task)}.items():
-            trial.set_user_attr(key, value)
-        trial.set_constraint(CONSTRAINT, told.ratio_high - told.limit)
-        self._study.tell(told.number, [told.score, told.ratio])
+        draw = dict(told.draw) if told.draw is not None else None
+        record = {**asdict(told), "plan": told.plan.to_dict(), "by_task": dict(told.by_task), "draw": draw}
+        trial.set_user_attr("told", record)  # at once: each attribute is a transaction of its own
+        trial.set_user_attr("key", key)
+        trial.set_constraint(CONSTRAINT, told.over)
+        if told.complete:
+            self._study.tell(told.number, [told.merit, told.ratio])
+        else:
+            self._study.tell(told.number, state=TrialState.PRUNED)
 
     def _trial(self, number: int) -> optuna.Trial:
         identity = self._study.get_trials(deepcopy=False)[number]._trial_id
         return optuna.Trial(self._study, identity)
 
     def told(self) -> list[Told]:
-        """Every finished trial, oldest first."""
-        names = [field.name for field in fields(Told) if field.name != "plan"]
-        return [
-            Told(plan=Plan.from_dict(json.loads(t.user_attrs["plan"])), **{name: t.user_attrs[name] for name in names})
-            for t in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        ]
+        """Every finished trial, stopped ones included, in the order in which they were first asked for."""
+        return [_told(trial) for trial in self._finished()]
+
+    def same_as(self, key: str) -> Told | None:
+        """The first finished trial that was told with this key, one scored on all samples before one that was not."""
+        same = [_told(trial) for trial in self._finished() if key and trial.user_attrs["key"] == key]
+        return min(same, key=lambda told: not told.complete, default=None)
+
+    def _finished(self) -> list[FrozenTrial]:
+        return sorted(self._study.get_trials(deepcopy=False, states=FINISHED), key=_first_number)
 
     @staticmethod
     def forget(storage: Path, name: str) -> None:
@@ -112,3 +138,44 @@ class Study:
             url = f"sqlite:///{storage}"
             if name in optuna.get_all_study_names(url):
                 optuna.delete_study(study_name=name, storage=url)
+
+
+class _HandsOut(BaseSampler):
+    """Gives a trial the draw that is made elsewhere, and only makes it for a trial that has none yet."""
+
+    def __init__(self, settings: dict[str, BaseDistribution], draw: Callable[[], Draw]) -> None:
+        self._settings, self._draw = settings, draw
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._settings
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return dict(self._draw())
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise KeyError(f"every setting must be drawn at once, got {param_name!r} by itself; ask with the same ranges")
+
+
+def _first_number(trial: FrozenTrial) -> int:
+    """The number under which it was first asked for, before any kill."""
+    return int(trial.user_attrs.get(RETRY_OF, trial.number))
+
+
+def _recorded(trial: optuna.Trial, name: str, setting: Range) -> int | float | str | bool:
+    match setting:
+        case Int(low, high):
+            return trial.suggest_int(name, low, high)
+        case Float(low, high):
+            return trial.suggest_float(name, low, high)
+        case Choice(options):
+            chosen: str | bool = trial.suggest_categorical(name, options)  # type: ignore[assignment]
+            return chosen
+
+
+def _told(trial: FrozenTrial) -> Told:
+    record = trial.user_attrs["told"]
+    return Told(**{**record, "plan": Plan.from_dict(record["plan"])})

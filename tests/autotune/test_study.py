@@ -1,0 +1,181 @@
+"""The study's memory: what is asked and told survives a kill, a resume and a second look through Optuna."""
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from autotune.config import AutotuneError
+from autotune.objective import Told
+from autotune.ranges import Choice, Float, Int
+from autotune.study import Study
+from btp import presets
+from btp.plan import Plan, Stage
+
+RANGES = {"layer": Int(0, 7), "weight": Float(0.0, 1.0), "selector": Choice(("attention", "diversity"))}
+HAND_SET = presets.btp_released(8)
+
+
+def told(number, draw=None, plan=None, name="", ratio=0.5, **changes):
+    """A replayed trial with a known optimum: diversity at weight 0.8 before layer 4."""
+    loss = 1.0 if draw is None else abs(draw["weight"] - 0.8) + 0.1 * abs(draw["layer"] - 4)
+    loss += 0.3 * (draw is not None and draw["selector"] != "diversity")
+    settings = {
+        "name": name or f"trial {number}",
+        "plan": plan or Plan(stages=(Stage(layer=draw["layer"], keep=0.5, attention_weight=draw["weight"]),)),
+        "num_samples": 288,
+        "score": 1 - loss / 2,
+        "proxy": loss,
+        "nll": 0.2,
+        "by_task": {"reading": 1 - loss / 2},
+        "worst_task": 0.9,
+        "ratio_low": ratio - 0.01,
+        "ratio_high": ratio + 0.01,
+        "measured": True,
+        "limit": 0.7,
+    }
+    return Told(number=number, draw=draw, ratio=ratio, **{**settings, **changes})
+
+
+def step(study, sampler="tpe", **changes):
+    number, name, asked = study.ask(RANGES, sampler)
+    fixed = isinstance(asked, Plan)
+    finished = told(number, None if fixed else asked, asked if fixed else None, name, **changes)
+    study.tell(finished)
+    return finished
+
+
+def search(storage, num_trials, stop_after=None, seed=3, sampler="tpe"):
+    study = Study(storage, "replay", seed)
+    study.enqueue("hand-set", HAND_SET)
+    while study.num_done < num_trials and study.num_done != stop_after:
+        step(study, sampler)
+    return study
+
+
+def stored(tmp_path):
+    return optuna.load_study(study_name="replay", storage=f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_what_is_told_is_kept_as_it_was(tmp_path):
+    study = Study(tmp_path / "study.db", "replay", 0)
+    study.enqueue("hand-set", HAND_SET)
+    finished = [step(study), step(study, guard=0.8), step(study, complete=False, num_samples=32, measured=False)]
+    assert Study(tmp_path / "study.db", "replay", 0).told() == finished
+    assert finished[0].name == "hand-set"
+    assert finished[0].draw is None
+    assert finished[1].draw.keys() == RANGES.keys()
+
+
+def test_a_draw_is_recorded_as_the_trials_parameters(tmp_path):
+    study = search(tmp_path / "study.db", 4)
+    assert [t.params for t in stored(tmp_path).trials] == [t.draw or {} for t in study.told()]
+
+
+def test_a_fixed_plan_is_enqueued_once(tmp_path):
+    for _ in range(2):
+        study = search(tmp_path / "study.db", 3)
+    assert [t.name for t in study.told()] == ["hand-set", "trial 1", "trial 2"]
+
+
+@pytest.mark.parametrize(("sampler", "num_trials", "stop_after"), [("tpe", 13, 11), ("qmc", 5, 3)])
+def test_an_interrupted_study_asks_what_an_unbroken_one_asks(tmp_path, sampler, num_trials, stop_after):
+    whole = search(tmp_path / "whole.db", num_trials, sampler=sampler).told()
+    search(tmp_path / "broken.db", num_trials, stop_after, sampler=sampler)
+    assert search(tmp_path / "broken.db", num_trials, sampler=sampler).told() == whole
+
+
+def test_another_seed_asks_something_else(tmp_path):
+    draws = [search(tmp_path / f"{seed}.db", 3, seed=seed).told()[1].draw for seed in (3, 4)]
+    assert draws[0] != draws[1]
+
+
+def test_the_search_learns(tmp_path):
+    scores = [t.score for t in search(tmp_path / "study.db", 26).told()]
+    assert max(scores) > 0.9
+    assert sum(scores[18:]) / 8 > sum(scores[1:11]) / 10
+
+
+def test_a_fixed_plan_that_the_space_can_express_teaches_the_sampler(tmp_path):
+    asked = {}
+    for name, draw in {"known": {"layer": 4, "weight": 0.8, "selector": "diversity"}, "unknown": None}.items():
+        study = Study(tmp_path / f"{name}.db", "replay", 0)
+        study.enqueue("hand-set", HAND_SET)
+        number, *_ = study.ask(RANGES, "qmc")
+        study.tell(told(number, draw, HAND_SET, "hand-set"))
+        asked[name] = [step(study, "qmc").draw for _ in range(3)]
+    assert asked["unknown"][1:] == asked["known"][:2]  # it took the first place in the sequence
+
+
+def test_a_killed_trial_is_asked_again_with_its_parameters(tmp_path):
+    study = Study(tmp_path / "study.db", "replay", 0)
+    study.enqueue("hand-set", HAND_SET)
+    asked = [study.ask(RANGES, "tpe") for _ in range(2)]  # and the process dies here
+    again = Study(tmp_path / "study.db", "replay", 0)
+    again.enqueue("hand-set", HAND_SET)
+    retried = [again.ask(RANGES, "tpe") for _ in range(2)]
+    assert [entry[2] for entry in retried] == [entry[2] for entry in asked]
+    assert retried[0][1] == "hand-set"
+    assert {entry[0] for entry in retried}.isdisjoint(entry[0] for entry in asked)
+    assert again.num_done == 0
+
+
+def test_every_finished_trial_carries_the_one_constraint(tmp_path):
+    study = search(tmp_path / "study.db", 3)
+    late = step(study, ratio=0.9)
+    stopped = step(study, complete=False, num_samples=96)
+    trials = [t for t in stored(tmp_path).trials if t.state.is_finished()]
+    assert [list(t.constraints) for t in trials] == [["over"]] * 5
+    assert trials[3].constraints["over"] == pytest.approx(late.over)
+    assert trials[4].constraints["over"] == pytest.approx(stopped.over)
+
+
+def test_a_stopped_trial_counts_and_teaches_but_is_never_optunas_best(tmp_path):
+    study = search(tmp_path / "study.db", 2)
+    stopped = step(study, complete=False, num_samples=32, score=1.0, ratio=0.1)
+    late = step(study, score=1.0, ratio=0.9)
+    assert study.num_done == 4
+    best = {t.number for t in stored(tmp_path).best_trials}
+    assert best
+    assert best.isdisjoint({stopped.number, late.number})
+    assert stored(tmp_path).trials[stopped.number].state == TrialState.PRUNED
+    next_draw = study.ask(RANGES, "qmc")[2]
+    without = Study(tmp_path / "without.db", "replay", 3)
+    without.enqueue("hand-set", HAND_SET)
+    for _ in range(2):
+        step(without, "qmc")
+    assert without.ask(RANGES, "qmc")[2] != next_draw
+
+
+def test_the_same_result_is_found_by_its_key(tmp_path):
+    study = Study(tmp_path / "study.db", "replay", 0)
+    finished = []
+    for key, complete in (("a", False), ("b", True), ("a", True), ("a", True), ("", True)):
+        number, _, draw = study.ask(RANGES, "random")
+        finished.append(told(number, draw, complete=complete))
+        study.tell(finished[-1], key)
+    assert study.same_as("a") == finished[2]
+    assert study.same_as("b") == finished[1]
+    assert study.same_as("c") is None
+    assert study.same_as("") is None
+
+
+def test_fresh_forgets_one_study_and_leaves_the_others(tmp_path):
+    storage = tmp_path / "study.db"
+    Study.forget(storage, "one")  # nothing there yet
+    for name in ("one", "two"):
+        Study(storage, name, 0).note("limit", 0.5)
+    Study.forget(storage, "one")
+    assert Study(storage, "one", 0).notes == {}
+    assert Study(storage, "two", 0).notes == {"limit": 0.5}
+
+
+def test_any_seed_from_zero_up_can_ask(tmp_path):
+    for sampler in ("random", "qmc"):
+        assert Study(tmp_path / f"{sampler}.db", "seeded", 2**40).ask(RANGES, sampler)[0] == 0
+
+
+def test_storage_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "study.db").write_text("my diary, with quite a few words in it")
+    with pytest.raises(AutotuneError, match="must be an SQLite database"):
+        Study(tmp_path / "study.db", "one", 0)
+    assert (tmp_path / "study.db").read_text().startswith("my diary")
