@@ -4,6 +4,9 @@ One study is one MLflow run with a folder `profile/` (the profile alone, what a 
 `evidence/`. A version carries the profile's SHA-256 as a tag, so whoever pulls can tell that the bytes are the ones
 that were registered. Everything is plain JSON, images and tables: nothing is pickled, nothing in a pull is executed.
 
+Every device has two aliases: `candidate-<device>` is the version registered last, `champion-<device>` the one promoted
+last, and only a profile whose certificate says that it is certified can be promoted.
+
 This is the only file that imports MLflow, and it does so when a registry is first used: the import takes seconds.
 """
 
@@ -11,26 +14,36 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from autotune.config import AutotuneError
-from btp.errors import ProfileError
-from btp.profile import Profile
+from autotune.registered import (
+    CERTIFIED,
+    PROFILE,
+    REASONS,
+    Known,
+    RegistryError,
+    Version,
+    certificate_tags,
+    check,
+    identity_of,
+    put,
+    stage,
+)
+from btp.profile import ModelIdentity, Profile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-__all__ = ["Registry", "RegistryError", "Version"]
+__all__ = ["Known", "Registry", "RegistryError", "Version"]
 
-PROFILE = "profile/profile.json"
+IDENTITY = "model_identity"
 SHA256 = "sha256"
 SQLITE = "sqlite:///"
 
@@ -46,27 +59,6 @@ MLFLOW_SETTINGS = {
 }
 for _key, _value in MLFLOW_SETTINGS.items():
     os.environ.setdefault(_key, _value)
-
-
-class RegistryError(AutotuneError):
-    """The registry could not do what was asked; nothing half-written was left behind."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """One registered profile. `uri` names it for ever; an alias is free to move on to a later version."""
-
-    name: str
-    version: int
-    aliases: tuple[str, ...]
-    run_id: str
-    sha256: str
-    uri: str
-
-    @property
-    def alias(self) -> str | None:
-        """The first alias that points here, if any."""
-        return self.aliases[0] if self.aliases else None
 
 
 class Registry:
@@ -104,10 +96,10 @@ class Registry:
         metrics: Mapping[str, float],
         params: Mapping[str, str],
         experiment: str,
-        alias: str,
     ) -> Version:
-        """Store a profile with its evidence as a new version of `name` and, last of all, point `alias` at it.
+        """Store a profile with its evidence as a new version of `name` and make it its device's candidate, last of all.
 
+        What the profile's certificate says becomes tags beside `tags`, the profile's model and SHA-256 with it.
         `evidence` maps a name inside the run's `evidence/` folder to a file or folder here. The profile is checked
         before anything is written (`ProfileError`). If any later step fails, the run and the version are deleted
         again and the alias still points where it did; the files of a deleted run stay on disk until `mlflow gc`.
@@ -116,8 +108,9 @@ class Registry:
 
         with tempfile.TemporaryDirectory() as staging, ExitStack() as undo, self._reported(f"register {name!r}"):
             folder = Path(staging)
-            sha256 = _stage(folder, profile_path, evidence)
-            run_id = self._client.create_run(self._experiment_id(experiment), tags=dict(tags)).info.run_id
+            profile = stage(folder, profile_path, evidence)
+            tags = {**tags, **certificate_tags(profile)}
+            run_id = self._client.create_run(self._experiment_id(experiment), tags=tags).info.run_id
             undo.callback(self._client.delete_run, run_id)
             now_ms = int(time.time() * 1000)
             self._client.log_batch(
@@ -129,16 +122,44 @@ class Registry:
             self._client.set_terminated(run_id)
             self._create_model(name)
             source = f"runs:/{run_id}/{PurePosixPath(PROFILE).parent}"
-            created = self._client.create_model_version(name, source, run_id, tags={**tags, SHA256: sha256})
+            tags = {**tags, SHA256: profile.digest, IDENTITY: identity_of(profile.model)}
+            created = self._client.create_model_version(name, source, run_id, tags=tags)
             undo.callback(self._client.delete_model_version, name, str(created.version))
+            alias = f"candidate-{profile.device.slug}"
             self._client.set_registered_model_alias(name, alias, str(created.version))
             undo.pop_all()
         return _version(created, (alias,))
 
-    def point(self, name: str, alias: str, version: Version) -> None:
-        """Move `alias` to a version that is registered already."""
-        with self._reported(f"point {name}@{alias} to version {version.version}"):
-            self._client.set_registered_model_alias(name, alias, str(version.version))
+    def promote(self, version: Version) -> Version:
+        """Make a registered version its device's champion, and return it with that alias.
+
+        What counts is the certificate in the profile that is stored, not a tag, which anyone can change. Raises
+        RegistryError, and leaves the alias where it is, for a profile that is not certified or was changed.
+        """
+        with self._reported(f"promote {version.uri}"):
+            profile = self._profile(version)
+            if not profile.certified:
+                raise RegistryError(
+                    f"only a certified plan can be champion, but {version.uri} is not: "
+                    f"{'; '.join(profile.uncertified_because)}; mend that and register it again"
+                )
+            alias = f"champion-{profile.device.slug}"
+            self._client.set_registered_model_alias(version.name, alias, str(version.version))
+        return replace(version, aliases=(alias,))
+
+    def nearest(self, identity: ModelIdentity, num: int = 8) -> list[Known]:
+        """The newest `num` profiles of models of this identity, of any device and name, newest first, without aliases.
+
+        Whether their accuracy holds is for the caller to tell, by `data_digests` and `model_digest`. A registry that
+        is not there yet knows none. Raises RegistryError where one of them was changed after it was registered.
+        """
+        if self._database is not None and not self._database.exists():
+            return []
+        with self._reported("look for profiles of the same model"):
+            found = self._search(f"tags.{IDENTITY} = '{identity_of(identity)}'")
+            newest = sorted(found, key=lambda item: (item.creation_timestamp, int(item.version)), reverse=True)
+            versions = [_version(item, ()) for item in newest[:num]]
+            return [Known(version, self._profile(version)) for version in versions]
 
     def pull(self, name: str, alias: str, destination: Path) -> Path:
         """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).
@@ -155,9 +176,9 @@ class Registry:
                 raise RegistryError(f"{name!r} has no alias {alias!r}; it has: {known}")
             version = _version(self._client.get_model_version(name, str(aliases[alias])), (alias,))
             downloaded = Path(self._client.download_artifacts(version.run_id, PROFILE, staging))
-            _check(downloaded, version)
+            check(downloaded, version)
             target = destination / "profile.json" if destination.is_dir() else destination
-            _put(downloaded, target)
+            put(downloaded, target)
         return target
 
     def versions(self, name: str) -> list[Version]:
@@ -166,13 +187,22 @@ class Registry:
             aliases: dict[int, list[str]] = {}
             for alias, number in sorted(self._model(name).aliases.items()):
                 aliases.setdefault(int(number), []).append(alias)
-            page = self._client.search_model_versions(f"name='{name}'")
-            found = list(page)
-            while page.token:
-                page = self._client.search_model_versions(f"name='{name}'", page_token=page.token)
-                found += page
+            found = self._search(f"name='{name}'")
         listed = [_version(item, tuple(aliases.get(int(item.version), ()))) for item in found]
         return sorted(listed, key=lambda version: version.version, reverse=True)
+
+    def _search(self, condition: str) -> list[ModelVersion]:
+        page = self._client.search_model_versions(condition)
+        found = list(page)
+        while page.token:
+            page = self._client.search_model_versions(condition, page_token=page.token)
+            found += page
+        return found
+
+    def _profile(self, version: Version) -> Profile:
+        """The profile of a version as it is stored now, checked."""
+        with tempfile.TemporaryDirectory() as staging:
+            return check(Path(self._client.download_artifacts(version.run_id, PROFILE, staging)), version)
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
@@ -228,50 +258,6 @@ class Registry:
             raise RegistryError(f"could not {attempt} in {self.tracking_uri}: {reason}; {way_out}") from error
 
 
-def _stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> str:
-    """Lay the run's artifacts out in `folder`, and return the digest of the profile among them.
-
-    What is checked here is the copy that is uploaded: a file that changes in between cannot slip through.
-    """
-    Profile.load(profile_path)  # so that an error names the caller's file
-    profile = folder / PROFILE
-    profile.parent.mkdir()
-    shutil.copyfile(profile_path, profile)
-    sha256 = Profile.load(profile).digest
-    for name, source in evidence.items():
-        target = folder / "evidence" / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise RegistryError(f"evidence is named inside its folder, got {name!r}; drop the leading / or the ..")
-        if not source.exists():
-            raise RegistryError(f"evidence must exist before it is registered, got {source} for {name!r}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
-    return sha256
-
-
-def _check(profile: Path, version: Version) -> None:
-    try:
-        sha256 = Profile.load(profile).digest
-    except ProfileError as error:
-        raise RegistryError(f"{version.uri} is damaged, {error}; register it again") from error
-    if sha256 != version.sha256:
-        raise RegistryError(
-            f"{version.uri} must have SHA-256 {version.sha256 or '(none is recorded)'}, got {sha256}; "
-            "it was changed after it was registered, so register it again"
-        )
-
-
-def _put(source: Path, target: Path) -> None:
-    """Move a file into place in one step, also from another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
-
-
 def _version(item: ModelVersion, aliases: tuple[str, ...]) -> Version:
     return Version(
         name=item.name,
@@ -280,4 +266,6 @@ def _version(item: ModelVersion, aliases: tuple[str, ...]) -> Version:
         run_id=item.run_id or "",
         sha256=item.tags.get(SHA256, ""),
         uri=f"models:/{item.name}/{item.version}",
+        certified=item.tags.get(CERTIFIED) == "true",
+        reasons=item.tags.get(REASONS, ""),
     )

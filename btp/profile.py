@@ -64,7 +64,10 @@ class DeviceKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """A plan, proved. `evidence` is free-form JSON: scores and latencies with intervals, the dense baseline."""
+    """A plan with its papers. `evidence` is free-form JSON: scores and latencies with intervals, the dense baseline.
+
+    Under "certificate" the evidence may hold what held-out data said: an object with "certified" and "reasons" in it.
+    """
 
     plan: Plan
     model: ModelIdentity
@@ -77,6 +80,21 @@ class Profile:
     def digest(self) -> str:
         """The SHA-256 the saved file carries."""
         return str(self.to_dict()["sha256"])
+
+    @property
+    def uncertified_because(self) -> tuple[str, ...]:
+        """Why the plan is not proven as good as dense and within its limit, in plain words; nothing where it is."""
+        certificate = self.evidence.get("certificate")
+        if not isinstance(certificate, Mapping):
+            return ("it carries no certificate",)
+        if certificate.get("certified") is True:
+            return ()
+        reasons = certificate.get("reasons")
+        return tuple(map(str, reasons)) if isinstance(reasons, list) and reasons else ("its certificate says so",)
+
+    @property
+    def certified(self) -> bool:
+        return not self.uncertified_because
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with its digest under "sha256". Raises ProfileError when the evidence is no JSON."""

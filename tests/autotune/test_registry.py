@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("mlflow")
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from autotune.registry import Registry, RegistryError, Version
 from btp.errors import ProfileError
@@ -50,7 +51,6 @@ def register(registry: Registry, name: str, profile: Path, **changes: Any) -> Ve
         "metrics": {"prefill_ms": 12.5},
         "params": {"layer": "2"},
         "experiment": name,
-        "alias": "cpu",
     }
     return registry.register(**arguments | changes)
 
@@ -108,27 +108,34 @@ def other_profile(tmp_path: Path) -> Path:
     return save_profile(tmp_path / "other.json", 2)
 
 
-def save_profile(path: Path, layer: int) -> Path:
+CERTIFIED = {"certified": True, "reasons": [], "margin": 0.02, "latency": {"value": 0.5, "low": 0.4, "high": 0.6}}
+UNCERTIFIED = {**CERTIFIED, "certified": False, "reasons": ["it may be no faster than dense", "the guard is broken"]}
+
+
+def save_profile(
+    path: Path, layer: int, device: str = "cpu", num_layers: int = 4, certificate: Any = None, **evidence: Any
+) -> Path:
     kernel = {"dtype": "float32", "attention": "sdpa"}
     size = {"batch_size": 1, "image_tokens": 16, "prompt_tokens": 24}
     software = {"driver": "", "cuda": "", "torch": "2.13.0", "transformers": "5.23.0"}
     Profile(
         plan=Plan(stages=(Stage(layer=layer, keep=0.5),)),
-        model=ModelIdentity(architecture="Tiny", num_layers=4, hidden_size=8, num_image_tokens=16),
+        model=ModelIdentity(architecture="Tiny", num_layers=num_layers, hidden_size=8, num_image_tokens=16),
         workload=Workload(**kernel, **size),
-        device=DeviceKey(name="cpu", threads=1, **software, **kernel, **size),
+        device=DeviceKey(name=device, threads=1, **software, **kernel, **size),
+        evidence={**evidence, **({"certificate": certificate} if certificate else {})},
     ).save(path)
     return path
 
 
 def test_a_registered_profile_is_pulled_unchanged(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
     version = register(registry, name, profile)
-    pulled = registry.pull(name, "cpu", tmp_path / "new" / "pulled.json")
+    pulled = registry.pull(name, "candidate-cpu", tmp_path / "new" / "pulled.json")
     assert pulled == tmp_path / "new" / "pulled.json"
     assert pulled.read_bytes() == profile.read_bytes()
     assert [path.name for path in pulled.parent.iterdir()] == ["pulled.json"]
     assert version.version == 1
-    assert version.alias == "cpu"
+    assert version.alias == "candidate-cpu"
     assert version.uri == f"models:/{name}/1"
     assert version.sha256 == Profile.load(profile).digest
 
@@ -137,7 +144,7 @@ def test_a_folder_receives_profile_json(registry: Registry, name: str, profile: 
     register(registry, name, profile)
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert registry.pull(name, "cpu", folder) == folder / "profile.json"
+    assert registry.pull(name, "candidate-cpu", folder) == folder / "profile.json"
 
 
 def test_one_run_holds_evidence_metrics_params_and_tags(
@@ -164,11 +171,11 @@ def test_the_alias_moves_to_the_second_version(
 ) -> None:
     first = register(registry, name, profile)
     second = register(registry, name, other_profile)
-    register(registry, name, profile, alias="gpu")
+    register(registry, name, save_profile(tmp_path / "gpu.json", 0, device="NVIDIA H200"))
     listed = [(version.version, version.aliases) for version in registry.versions(name)]
-    assert listed == [(3, ("gpu",)), (2, ("cpu",)), (1, ())]
+    assert listed == [(3, ("candidate-nvidia-h200",)), (2, ("candidate-cpu",)), (1, ())]
     assert registry.versions(name)[2].sha256 == first.sha256 != second.sha256
-    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == other_profile.read_bytes()
+    assert registry.pull(name, "candidate-cpu", tmp_path / "p.json").read_bytes() == other_profile.read_bytes()
 
 
 def test_another_process_reads_what_this_one_wrote_and_stays_quiet(
@@ -177,7 +184,7 @@ def test_another_process_reads_what_this_one_wrote_and_stays_quiet(
     register(registry, name, profile)
     code = (
         "import sys, pathlib; from autotune.registry import Registry\n"
-        "print(Registry(sys.argv[1]).pull(sys.argv[2], 'cpu', pathlib.Path(sys.argv[3])).name)"
+        "print(Registry(sys.argv[1]).pull(sys.argv[2], 'candidate-cpu', pathlib.Path(sys.argv[3])).name)"
     )
     arguments = [registry.tracking_uri, name, str(tmp_path / "pulled.json")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
@@ -189,7 +196,7 @@ def test_a_new_database_is_created_in_silence(tmp_path: Path) -> None:
     code = "import sys; from autotune.registry import Registry; Registry(sys.argv[1]).versions('nothing')"
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     done = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr.splitlines()[-1].startswith("autotune.registry.RegistryError: no profile is registered")
+    assert done.stderr.splitlines()[-1].startswith("autotune.registered.RegistryError: no profile is registered")
     assert "INFO" not in done.stderr
     assert done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
@@ -202,7 +209,7 @@ def test_a_tampered_artifact_is_refused_and_not_put_in_place(
     stored = artifact(client, version)
     stored.write_text(stored.read_text().replace("0.5", "0.6"))
     with pytest.raises(RegistryError, match=f"models:/{name}/1 is damaged"):
-        registry.pull(name, "cpu", tmp_path / "pulled.json")
+        registry.pull(name, "candidate-cpu", tmp_path / "pulled.json")
     assert not (tmp_path / "pulled.json").exists()
 
 
@@ -212,14 +219,14 @@ def test_an_exchanged_profile_is_refused_though_it_is_valid(
     version = register(registry, name, profile)
     artifact(client, version).write_bytes(other_profile.read_bytes())
     with pytest.raises(RegistryError, match=f"must have SHA-256 {version.sha256}"):
-        registry.pull(name, "cpu", tmp_path / "pulled.json")
+        registry.pull(name, "candidate-cpu", tmp_path / "pulled.json")
 
 
-def test_an_unknown_alias_lists_the_known_ones(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
-    register(registry, name, profile, alias="h200")
-    register(registry, name, profile, alias="a100")
-    with pytest.raises(RegistryError, match=r"no alias 'cpu'; it has: a100, h200$"):
-        registry.pull(name, "cpu", tmp_path)
+def test_an_unknown_alias_lists_the_known_ones(registry: Registry, name: str, tmp_path: Path) -> None:
+    for device in ("H200", "A100"):
+        register(registry, name, save_profile(tmp_path / "profile.json", 0, device))
+    with pytest.raises(RegistryError, match=r"no alias 'champion-a100'; it has: candidate-a100, candidate-h200$"):
+        registry.pull(name, "champion-a100", tmp_path)
 
 
 def test_an_unknown_name_lists_the_known_ones(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
@@ -231,14 +238,26 @@ def test_an_unknown_name_lists_the_known_ones(registry: Registry, name: str, pro
 
 
 def test_a_failure_in_the_last_step_leaves_neither_run_nor_version(
-    registry: Registry, client: MlflowClient, name: str, profile: Path, other_profile: Path, tmp_path: Path
+    registry: Registry,
+    client: MlflowClient,
+    name: str,
+    profile: Path,
+    other_profile: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept = register(registry, name, profile)
-    with pytest.raises(RegistryError, match=r"could not register .*reserved; change that"):
-        register(registry, name, other_profile, alias="latest")  # MLflow keeps this alias for itself
+    with monkeypatch.context() as failing:
+        failing.setattr(MlflowClient, "set_registered_model_alias", fail)
+        with pytest.raises(RegistryError, match=r"could not register .*gone; check that"):
+            register(registry, name, other_profile)
     assert [run.info.run_id for run in active_runs(client, name)] == [kept.run_id]
     assert registry.versions(name) == [kept]
-    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
+    assert registry.pull(name, "candidate-cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
+
+
+def fail(*_: object) -> None:
+    raise MlflowException("the registry is gone")
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
@@ -291,6 +310,89 @@ def test_missing_evidence_is_refused(registry: Registry, name: str, profile: Pat
         register(registry, name, profile, evidence={"front.png": tmp_path / "none.png"})
 
 
+def test_a_certified_version_becomes_champion(registry: Registry, name: str, tmp_path: Path) -> None:
+    path = save_profile(tmp_path / "profile.json", 0, certificate=CERTIFIED)
+    registered = register(registry, name, path)
+    assert (registered.aliases, registered.certified, registered.reasons) == (("candidate-cpu",), True, "")
+    champion = registry.promote(registered)
+    assert champion.alias == "champion-cpu"
+    assert registry.versions(name)[0].aliases == ("candidate-cpu", "champion-cpu")
+    pulled = registry.pull(name, "champion-cpu", tmp_path / "pulled.json")
+    assert Profile.load(pulled).certified
+    assert Profile.load(pulled).evidence["certificate"] == CERTIFIED
+
+
+@pytest.mark.parametrize("certificate", [UNCERTIFIED, None])
+def test_an_uncertified_version_stays_a_candidate(
+    registry: Registry, client: MlflowClient, certificate: Any, tmp_path: Path
+) -> None:
+    name = f"uncertified-{certificate is None}"
+    champion = registry.promote(register(registry, name, save_profile(tmp_path / "a.json", 0, certificate=CERTIFIED)))
+    candidate = register(registry, name, save_profile(tmp_path / "b.json", 2, certificate=certificate))
+    reasons = "; ".join(UNCERTIFIED["reasons"]) if certificate else "it carries no certificate"
+    assert (candidate.certified, candidate.reasons) == (False, reasons)
+    client.set_model_version_tag(name, str(candidate.version), "certified", "true")  # a tag proves nothing
+    with pytest.raises(RegistryError, match=f"only a certified plan can be champion, .*/2 is not: {reasons}; mend"):
+        registry.promote(candidate)
+    listed = [(version.version, version.aliases) for version in registry.versions(name)]
+    assert listed == [(2, ("candidate-cpu",)), (champion.version, ("champion-cpu",))]
+
+
+def test_a_version_that_was_changed_is_not_promoted(
+    registry: Registry, client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    version = register(registry, name, save_profile(tmp_path / "a.json", 0, certificate=UNCERTIFIED))
+    artifact(client, version).write_bytes(save_profile(tmp_path / "b.json", 0, certificate=CERTIFIED).read_bytes())
+    with pytest.raises(RegistryError, match=f"must have SHA-256 {version.sha256}"):
+        registry.promote(version)
+    assert registry.versions(name)[0].aliases == ("candidate-cpu",)
+
+
+def test_the_certificate_is_told_by_tags(registry: Registry, client: MlflowClient, name: str, tmp_path: Path) -> None:
+    long = {**UNCERTIFIED, "reasons": ["too slow " * 1000], "essay": "x" * 9000}
+    version = register(registry, name, save_profile(tmp_path / "profile.json", 0, certificate=long))
+    tags = client.get_model_version(name, str(version.version)).tags
+    assert tags["certified"] == "false"
+    assert tags["certificate.margin"] == "0.02"
+    assert tags["certificate.latency"] == '{"high":0.6,"low":0.4,"value":0.5}'
+    assert len(tags["reasons"]) == 5000
+    assert tags["reasons"].endswith("(more in the profile)")
+    assert "certificate.essay" not in tags
+    assert client.get_run(version.run_id).data.tags["certified"] == "false"
+
+
+def test_profiles_of_the_same_model_are_found_on_any_device(registry: Registry, name: str, tmp_path: Path) -> None:
+    evidence = {
+        "accuracy": {"select": {"macro": 0.9, "by_task": {"reading": 0.9}}},
+        "data": {"select": "abc"},
+        "model_digest": "def",
+    }
+    shape = {"num_layers": 31}  # of no other test
+    old = save_profile(tmp_path / "old.json", 1, **shape)
+    register(registry, name, old)
+    register(registry, name, save_profile(tmp_path / "other.json", 1, num_layers=32))
+    there = save_profile(tmp_path / "there.json", 2, "NVIDIA H200", certificate=CERTIFIED, **shape, **evidence)
+    register(registry, f"{name}-2", there)
+    found = registry.nearest(Profile.load(old).model)
+    assert [(known.version.name, known.device.name) for known in found] == [
+        (f"{name}-2", "NVIDIA H200"),
+        (name, "cpu"),
+    ]
+    newest, oldest = found
+    assert newest.plan == Profile.load(there).plan
+    assert newest.version.certified
+    assert (newest.accuracy, newest.data_digests, newest.model_digest) == tuple(evidence.values())
+    assert (oldest.accuracy, oldest.data_digests, oldest.model_digest) == ({}, {}, "")
+    assert registry.nearest(Profile.load(old).model, num=1) == [newest]
+    assert registry.nearest(ModelIdentity(architecture="O'Hara", num_layers=1, hidden_size=1, num_image_tokens=1)) == []
+
+
+def test_a_registry_that_is_not_there_knows_no_profiles(tmp_path: Path) -> None:
+    identity = ModelIdentity(architecture="Tiny", num_layers=4, hidden_size=8, num_image_tokens=16)
+    assert Registry(f"sqlite:///{tmp_path}/none.db").nearest(identity) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///", "postgresql://host/db", ""])
 def test_only_sqlite_and_servers_are_registries(uri: str) -> None:
     with pytest.raises(RegistryError, match="a registry is sqlite:///FILE"):
@@ -312,16 +414,22 @@ def test_a_server_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_holds_the_same_promises(
-    server: str, name: str, profile: Path, other_profile: Path, tmp_path: Path
+    server: str, name: str, profile: Path, other_profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(server)
     first = register(registry, name, profile, evidence={"front.png": profile})
-    with pytest.raises(RegistryError, match="reserved"):
-        register(registry, name, other_profile, alias="latest")
+    with monkeypatch.context() as failing:
+        failing.setattr(MlflowClient, "set_registered_model_alias", fail)
+        with pytest.raises(RegistryError, match="gone"):
+            register(registry, name, other_profile)
     assert registry.versions(name) == [first]
-    assert registry.pull(name, "cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
+    with pytest.raises(RegistryError, match="only a certified plan"):
+        registry.promote(first)
+    (known,) = registry.nearest(Profile.load(profile).model)
+    assert known.version.uri == first.uri
+    assert registry.pull(name, "candidate-cpu", tmp_path / "p.json").read_bytes() == profile.read_bytes()
     (stored,) = (tmp_path / "served").glob(f"**/{first.run_id}/**/profile.json")
     stored.write_bytes(other_profile.read_bytes())
     with pytest.raises(RegistryError, match="changed after it was registered"):
-        registry.pull(name, "cpu", tmp_path / "p.json")
+        registry.pull(name, "candidate-cpu", tmp_path / "p.json")
     assert (tmp_path / "p.json").read_bytes() == profile.read_bytes()

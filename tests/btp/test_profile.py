@@ -117,3 +117,29 @@ def test_profiles_fit_their_model_only():
 )
 def test_slugs_are_aliases(name, slug):
     assert dataclasses.replace(PROFILE.device, name=name).slug == slug
+
+
+@pytest.mark.parametrize(
+    ("certificate", "reasons"),
+    [
+        ({"certified": True, "reasons": []}, ()),
+        ({"certified": False, "reasons": ["too slow", "too few pictures"]}, ("too slow", "too few pictures")),
+        ({"certified": False}, ("its certificate says so",)),
+        ({"certified": 1, "reasons": []}, ("its certificate says so",)),
+        ({"certified": "yes", "reasons": "none"}, ("its certificate says so",)),
+        ({}, ("its certificate says so",)),
+        ("certified", ("it carries no certificate",)),
+        (None, ("it carries no certificate",)),
+    ],
+)
+def test_a_loaded_profile_tells_whether_it_is_certified(certificate, reasons, tmp_path):
+    dataclasses.replace(PROFILE, evidence={"certificate": certificate}).save(tmp_path / "profile.json")
+    loaded = Profile.load(tmp_path / "profile.json")
+    assert loaded.uncertified_because == reasons
+    assert loaded.certified == (not reasons)
+
+
+def test_a_profile_from_before_certificates_is_read_and_not_certified(tmp_path):
+    assert "certificate" not in PROFILE.evidence
+    PROFILE.save(tmp_path / "profile.json")
+    assert not Profile.load(tmp_path / "profile.json").certified
