@@ -8,17 +8,19 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from autotune import data
+from autotune import data, racing
 from autotune.certify import Interval, ScoreTable
 from autotune.config import Limit, RunConfig
 from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
 from autotune.reference import WEIGHTS
+from autotune.scores import joined
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
 from btp.device_state import bearable_share
 from btp.errors import PlanError
@@ -55,8 +57,8 @@ def measure_ratio(
     max_others = bearable_share(torch.get_num_threads())
     repeats = repeats if limit.quantile == "p50" else max(repeats, MIN_PAIRS_OF_A_TAIL)
     for measured in range(1, MAX_ROUNDS + 1):
-        warmup = {"min_warmup": 2, "max_warmup": 6} if measured == 1 else {"min_warmup": 0, "max_warmup": 0}
-        blocks = measure(model, inputs, plan, repeats=repeats, max_others=max_others, **warmup)
+        least, most = (2, 6) if measured == 1 else (0, 0)
+        blocks = measure(model, inputs, plan, repeats=repeats, max_others=max_others, min_warmup=least, max_warmup=most)
         dense_ms += blocks.dense_ms(metric)
         pruned_ms += blocks.pruned_ms(metric)
         interval = ratio_interval(dense_ms, pruned_ms, limit.share, CONFIDENCE)
@@ -85,10 +87,17 @@ def measure_file(
 
 
 class Bench:
-    """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk."""
+    """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk.
+
+    splits: as handed in, but `select` in the order in which trials race over it. looks: after how many of its samples.
+    """
 
     def __init__(self, config: RunConfig, splits: Mapping[str, Sequence[Example]], limit: Limit) -> None:
-        self._config, self.splits, self._limit = config, splits, limit
+        self._config, self._limit = config, limit
+        select = splits["select"]
+        order = racing.order([e.task for e in select], [e.image_id for e in select], seed=0)
+        self.splits = {**splits, "select": [select[index] for index in order]}
+        self.looks = racing.looks(len(select))
         torch.set_num_threads(config.threads)
         self.model, self._processor = load_model(config.model, config.device)
         self._inputs = prompt_inputs(self._processor, splits["calibrate"][:1], config.device)
@@ -155,26 +164,43 @@ class Bench:
         return found
 
     def scores(self, plan: Plan, split: str) -> Scores:
-        """Scores of a plan on a split; computed once, also over several runs of the job."""
-        kept = self.kept(f"{split}-{plan.digest[:20]}", lambda: asdict(self.scores_anew(plan, split)))
-        realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
-        return Scores(tuple(kept["answers"]), tuple(kept["scores"]), realised)
+        """Scores of a plan on a whole split; computed once, also over several runs of the job."""
+        *_, whole = self.running_scores(plan, split)
+        return whole
+
+    def running_scores(self, plan: Plan, split: str) -> Iterator[Scores]:
+        """Scores on ever more of a split, look after look; what was computed once is not computed again."""
+        parts: list[Scores] = []
+        for start, stop in pairwise((0, *self._stops(split))):
+            parts.append(self._part(plan, split, start, stop))
+            yield joined(parts)
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""
-        return self._evaluate()(plan, split)
+        return self._evaluate()(plan, split, 0, None)
+
+    def _part(self, plan: Plan, split: str, start: int, stop: int) -> Scores:
+        name = f"{split}-{start}-{plan.digest[:20]}"
+        kept = self.kept(name, lambda: asdict(self._evaluate()(plan, split, start, stop)))
+        realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
+        texts, numbers = tuple(kept["answers"]), (tuple(kept[name]) for name in ("scores", "kl", "nll"))
+        return Scores(texts, next(numbers), realised, *numbers)
+
+    def _stops(self, split: str) -> tuple[int, ...]:
+        return self.looks if split == "select" else (len(self.splits[split]),)
 
     def macro(self, plan: Plan, split: str) -> tuple[float, dict[str, float]]:
         """Mean over the tasks, and each task's mean."""
         by_task = self.table(split).by_task(self.scores(plan, split).scores)
         return sum(by_task.values()) / len(by_task), by_task
 
-    def _make_evaluator(self) -> Callable[[Plan, str], Scores]:
+    def _make_evaluator(self) -> Callable[[Plan, str, int, int | None], Scores]:
         """Several processes on a CPU; on a GPU, or for one worker, the model that is here already."""
+        steps = {"select": self.looks}
         if self._config.device == "cpu" and self._config.workers > 1:
-            return EvaluatorPool(self._config.model, self.splits, self._config.workers)
-        prepared = cache(lambda split: Evaluator(self.model, self._processor, self.splits[split]))
-        return lambda plan, split: prepared(split)(plan)
+            return EvaluatorPool(self._config.model, self.splits, self._config.workers, steps)
+        prepared = cache(lambda split: Evaluator(self.model, self._processor, self.splits[split], steps.get(split, ())))
+        return lambda plan, split, start, stop: prepared(split)(plan, start, stop)
 
     def _make_table(self, split: str) -> ScoreTable:
         examples = self.splits[split]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +15,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from autotune.config import MIN_TRIALS, AutotuneError, CompareConfig, JobConfig, Limit
+from autotune.config import AutotuneError, CompareConfig, JobConfig, Limit
+from autotune.options import (
+    CORES,
+    DebugOption,
+    DeviceOption,
+    FinalistsOption,
+    FreshOption,
+    GuardOption,
+    JsonOption,
+    LimitOption,
+    MarginOption,
+    OutOption,
+    RegistryOption,
+    RepeatsOption,
+    SamplerOption,
+    SeedOption,
+    ThreadsOption,
+    TrialsOption,
+    WorkersOption,
+)
 from btp.errors import BTPError
 
 app = typer.Typer(
@@ -26,26 +44,6 @@ app = typer.Typer(
     help="Find, prove and hand out image-token pruning plans for vision-language models.",
 )
 stderr = Console(stderr=True)
-
-LimitOption = Annotated[
-    str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')
-]
-OutOption = Annotated[Path, typer.Option(help="Folder for the study, the registry and everything written.")]
-TrialsOption = Annotated[
-    int, typer.Option("--trials", min=MIN_TRIALS, help="Finished trials to reach, earlier ones counted.")
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the search.")]
-ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads a latency is measured with.")]
-WorkersOption = Annotated[
-    int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core, or 1 on a GPU.")
-]
-RepeatsOption = Annotated[int, typer.Option(min=4, help="Pairs of a latency measurement.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew: forget the study that --out holds.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-RegistryOption = Annotated[str | None, typer.Option("--registry", help="MLflow address; default: SQLite in --out.")]
-DeviceOption = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command()
@@ -57,6 +55,10 @@ def demo(
     threads: ThreadsOption = 1,
     workers: WorkersOption = 0,
     repeats: RepeatsOption = 12,
+    sampler: SamplerOption = "gp",
+    guard: GuardOption = "",
+    margin: MarginOption = 0.02,
+    num_finalists: FinalistsOption = 4,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -78,6 +80,10 @@ def demo(
             threads=threads,
             workers=workers or CORES,
             fresh=fresh,
+            sampler=sampler,
+            guard=_guard(guard),
+            margin=margin,
+            num_finalists=num_finalists,
         )
         _run_job(config, as_json)
 
@@ -94,6 +100,11 @@ def tune(
     threads: ThreadsOption = 1,
     workers: WorkersOption = 0,
     repeats: RepeatsOption = 12,
+    sampler: SamplerOption = "gp",
+    guard: GuardOption = "",
+    margin: MarginOption = 0.02,
+    num_finalists: FinalistsOption = 4,
+    plan: Annotated[list[Path] | None, typer.Option(help="File with a plan to try too; may be given again.")] = None,
     fresh: FreshOption = False,
     space: Annotated[Path | None, typer.Option(help="Search space YAML; default: the one that comes along.")] = None,
     device: DeviceOption = "cpu",
@@ -118,6 +129,11 @@ def tune(
             fresh=fresh,
             tracking_uri=registry,
             device=device,
+            sampler=sampler,
+            guard=_guard(guard),
+            margin=margin,
+            num_finalists=num_finalists,
+            plans=tuple(plan or ()),
         )
         _run_job(config, as_json)
 
@@ -212,6 +228,12 @@ def pull(
         if not (at and name and alias):
             raise AutotuneError(f"a reference reads models:/NAME@ALIAS, got {reference!r}")
         print(Registry(registry).pull(name, alias, to))
+
+
+def _guard(text: str) -> float | None:
+    from autotune.objective import Guard
+
+    return Guard.parse(text).share if text else None
 
 
 def _default_space() -> Path:

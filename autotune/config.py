@@ -99,12 +99,22 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig(RunConfig):
-    """Everything a tuning job is started with; the same values resume the same study."""
+    """Everything a tuning job is started with; the same values resume the same study.
+
+    sampler: in `autotune.samplers.SAMPLERS`. guard: the least retention of the worst task that a plan may have; None
+    for any. margin: how much macro accuracy below dense a plan may be and still be certified. num_finalists: plans that
+    are certified. plans: files with plans to try beside the published ones.
+    """
 
     limit: Limit
     name: str
     num_trials: int = 40
     space: Path
+    sampler: str = "gp"
+    guard: float | None = None
+    margin: float = 0.02
+    num_finalists: int = 4
+    plans: tuple[Path, ...] = ()
     tracking_uri: str | None = None
 
 

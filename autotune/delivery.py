@@ -13,16 +13,17 @@ from typing import Any
 
 from autotune import data
 from autotune.bench import Bench
-from autotune.certify import Interval
+from autotune.certify import Certificate, Interval
 from autotune.config import AutotuneError, JobConfig, check_folder, check_sqlite
 from autotune.objective import Told
 from autotune.registry import Registry, Version
 from autotune.report import write_front
+from autotune.search import summary
 from autotune.study import Study
 from btp.plan import Plan
 from btp.profile import Profile, Workload
 
-__all__ = ["HEADINGS", "Outcome", "Row", "check_out", "deliver"]
+__all__ = ["HEADINGS", "Outcome", "Row", "check_out", "deliver", "fresh_ratio", "registry_of"]
 
 HEADINGS = ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task")
 EVIDENCE = ("evidence.parquet", "trials.json", "front.png", "front.html")
@@ -73,6 +74,9 @@ class Outcome:
     fresh_ratio: Interval
     met: bool
     reproduced: bool
+    certified: bool
+    reasons: tuple[str, ...]
+    search: Mapping[str, Any]
     paths: Mapping[str, str]
     seconds: float
 
@@ -82,7 +86,12 @@ class Outcome:
 
     def lines(self) -> list[str]:
         """What is to be said below the table."""
-        lines = []
+        lines = [
+            f"racing saved {self.search['saved_by_racing']:.0%} of the answers; {self.search['steering']}",
+            "latency model, error on plans it was not fitted to: median {median:.1%}, worst {worst:.1%}\n".format(
+                **self.search["latency_model_error"]
+            ),
+        ]
         for name, interval in self.tuned_minus.items():
             sure = "excludes" if interval.excludes_zero else "includes"
             lines.append(f"tuned - {name}: {_interval(interval, sign='+')}, {sure} zero")
@@ -90,6 +99,7 @@ class Outcome:
         return [
             *lines,
             f"\n{self.version} registered, alias {self.alias}",
+            "certified" if self.certified else f"NOT certified: {'; '.join(self.reasons)}",
             f"in a fresh process: {_interval(self.fresh_ratio)} of dense, {word} {self.limit}",
             f"score reproduced by the pulled profile: {'yes' if self.reproduced else 'NO'}",
             *(f"  {path}" for path in self.paths.values()),
@@ -111,10 +121,11 @@ def check_out(config: JobConfig) -> None:
         raise AutotuneError(f"--name must be a text without / : @, got {config.name!r}; it names the registered model")
     if config.tracking_uri is None:
         check_sqlite(config.out / "mlflow.db")
-    _registry(config)
+    registry_of(config)
 
 
-def _registry(config: JobConfig) -> Registry:
+def registry_of(config: JobConfig) -> Registry:
+    """The registry that a job writes to."""
     return Registry(config.tracking_uri or f"sqlite:///{config.out / 'mlflow.db'}")
 
 
@@ -127,27 +138,27 @@ def deliver(
     minus: Mapping[str, Interval],
     say: Callable[[str], None],
     began: float,
+    certificate: Certificate | None = None,
 ) -> Outcome:
     """Register the champion with its evidence, pull it by alias, apply it, and measure it in a fresh process.
 
-    It is a candidate until it has done there what the study said; only then does the champion's alias move to it.
+    It is a candidate until it has done there what the study said; only then, and only where it is certified, does the
+    device's champion alias move to it. Without a certificate it stays a candidate.
     """
     say("registering")
-    _write(config, bench, study, champion, rows, minus)
-    registry = _registry(config)
-    alias = f"candidate-{bench.key.slug}"
-    version = _register(config, bench, study, registry, alias, {row.name: row for row in rows})
-    pulled = registry.pull(config.name, alias, config.out / "pulled.json")
+    _write(config, bench, study, champion, rows, minus, certificate)
+    registry = registry_of(config)
+    version = _register(config, bench, study, registry, {row.name: row for row in rows})
+    pulled = registry.pull(config.name, version.aliases[0], config.out / "pulled.json")
     say("applying the pulled profile")
     profile = Profile.load(pulled)
     profile.check_fits(bench.anatomy.identity)
     again = bench.scores_anew(profile.plan, "select")
     say("measuring in a fresh process")
-    fresh, met = _fresh_ratio(config, pulled)
+    fresh, met = fresh_ratio(config, pulled)
     reproduced = bench.table("select").by_task(again.scores) == dict(champion.by_task)
-    if met and reproduced:
-        alias = f"champion-{bench.key.slug}"
-        registry.point(config.name, alias, version)
+    if met and reproduced and profile.certified:
+        version = registry.promote(version)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations", *local)
     return Outcome(
@@ -158,10 +169,13 @@ def deliver(
         rows=tuple(rows),
         tuned_minus=minus,
         version=version.uri,
-        alias=f"models:/{config.name}@{alias}",
+        alias=f"models:/{config.name}@{version.aliases[0]}",
         fresh_ratio=fresh,
         met=met,
         reproduced=reproduced,
+        certified=profile.certified,
+        search=summary(study),
+        reasons=profile.uncertified_because,
         paths={name: str(config.out / name) for name in names},
         seconds=time.monotonic() - began,
     )
@@ -174,12 +188,20 @@ def _write(
     champion: Told,
     rows: Sequence[Row],
     minus: Mapping[str, Interval],
+    certificate: Certificate | None,
 ) -> None:
     key = asdict(bench.key)
+    tuned = next(row for row in rows if row.name == "tuned")
     evidence = {
         "study": study.name,
         "limit": str(config.limit),
         "data": bench.data_digests,
+        "model_digest": bench.model_digest,
+        "accuracy": {
+            "select": {"macro": champion.score, "by_task": dict(champion.by_task)},
+            "certify": {"macro": asdict(tuned.macro), "by_task": dict(tuned.by_task)},
+        },
+        "certificate": certificate.to_dict() if certificate else None,
         "rows": [row.to_dict() for row in rows],
         "tuned_minus": {name: asdict(interval) for name, interval in minus.items()},
     }
@@ -200,9 +222,7 @@ def _write(
     write_front(told, champion.plan, config.limit, config.out)
 
 
-def _register(
-    config: JobConfig, bench: Bench, study: Study, registry: Registry, alias: str, rows: Mapping[str, Row]
-) -> Version:
+def _register(config: JobConfig, bench: Bench, study: Study, registry: Registry, rows: Mapping[str, Row]) -> Version:
     tuned, dense = rows["tuned"], rows["dense"]
     metrics = {
         "latency_ratio": tuned.latency.value,
@@ -219,12 +239,11 @@ def _register(
         metrics=metrics,
         params={"limit": str(config.limit), "seed": str(config.seed), "model": config.model},
         experiment=config.name,
-        alias=alias,
     )
 
 
-def _fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool]:
-    """The pulled profile's ratio in a process of its own, by the command a user would type, and its verdict."""
+def fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool]:
+    """The ratio of a profile or plan in a process of its own, by the command a user would type, and its verdict."""
     command = [sys.executable, "-m", "autotune.cli", "measure", str(profile), "--model", config.model, "--json"]
     command += ["--limit", str(config.limit), "--repeats", str(3 * config.repeats)]
     command += ["--threads", str(config.threads), "--device", config.device]

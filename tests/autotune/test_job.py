@@ -62,12 +62,12 @@ def finished(handed_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     line = [sys.executable, "-m", "autotune.cli", *arguments(handed_in, out)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list((out / "evaluations").glob("*/*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list((out / "evaluations").glob("*/*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = len(list((out / "evaluations").glob("*/*.json")))
-    assert 2 <= before < 7
+    assert len(list((out / "evaluations").glob("*/*.json"))) >= 4
+    assert not (out / "trials.json").exists()
     done = run(*arguments(handed_in, out))
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
@@ -90,6 +90,23 @@ def test_the_job_ends_with_a_registered_profile_that_does_what_it_says(finished:
     assert profile.plan == Plan.from_dict(outcome["rows"][-1]["plan"])
     assert outcome["fresh_ratio"]["value"] <= 0.9
     assert outcome["met"] is True
+
+
+def test_what_too_few_pictures_cannot_certify_is_registered_as_a_candidate(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    out, outcome = finished
+    assert outcome["certified"] is False
+    assert "held-out pictures are too few" in " ".join(outcome["reasons"])
+    assert "@candidate-" in outcome["alias"]
+    assert Profile.load(out / "profile.json").uncertified_because == tuple(outcome["reasons"])
+
+
+def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> None:
+    search = finished[1]["search"]
+    assert "trials" in search["steering"]
+    assert 0 <= search["saved_by_racing"] < 1
+    assert 0 < search["latency_model_error"]["median"] <= search["latency_model_error"]["worst"]
 
 
 def test_a_killed_job_loses_no_trial_and_counts_none_twice(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -179,6 +196,9 @@ def test_an_unreadable_model_folder(handed_in: Path, tmp_path: Path) -> None:
         (("--device", "abacus"), "--device must be"),
         (("--registry", "foo://x"), "sqlite:///FILE or the http"),
         (("--name", "a/b:c"), "--name must be"),
+        (("--sampler", "luck"), "--sampler must be one of gp"),
+        (("--margin", "0"), "--margin must be in (0, 1)"),
+        (("--guard", "best_task>=2"), "a guard reads worst_task>="),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(

@@ -1,190 +1,214 @@
-"""The search without a model: draws are legal plans within the budget, studies resume, known optima are found."""
+"""The search on a device and a model that are formulas: every trial raced, measured, told once, and resumed."""
 
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
-from autotune.config import AutotuneError
-from autotune.latency_model import LatencyModel
-from autotune.objective import Told, front
-from autotune.space import SearchSpace, rescale
+from autotune import racing
+from autotune.certify import Interval
+from autotune.config import JobConfig, Limit
+from autotune.evaluation import Scores
+from autotune.objective import front
+from autotune.realised import realised_key
+from autotune.search import CONTROLS, PUBLISHED, Search, summary, title
+from autotune.space import SearchSpace
 from autotune.study import Study
-from btp import presets
+from btp.cost import DecoderShape, tokens_per_layer
 from btp.plan import Plan, Stage
 
 SPACE = Path(__file__).parents[2] / "search_spaces" / "reference.yaml"
-LATENCY = LatencyModel(floor=0.2, num_layers=8, num_image_tokens=256)
+TASKS = ("counting", "reading")
+NUM_SAMPLES, NUM_LAYERS, NUM_IMAGE_TOKENS = 120, 8, 256
+LIMIT = 0.6
+DECODER = DecoderShape(
+    num_layers=NUM_LAYERS,
+    hidden_size=64,
+    intermediate_size=160,
+    num_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    vocab_size=100,
+)
+GOOD = {"max_sum": 1.0, "diversity": 0.9, "k_center": 0.9, "joint": 0.6, "balanced": 0.5, "attention": 0.3}
 
 
-def told(number: int, score: float, ratio: float, limit: float = 0.7, plan: Plan | None = None, name: str = "") -> Told:
-    return Told(
-        number=number,
-        name=name or f"trial {number}",
-        plan=plan or Plan(stages=()),
-        score=score,
-        by_task={"reading": score},
-        ratio=ratio,
-        ratio_low=ratio - 0.01,
-        ratio_high=ratio + 0.01,
-        limit=limit,
+TOO_SLOW = Plan(stages=(Stage(layer=6, keep=0.5),))
+
+
+class FakeBench:
+    """A plan is the better the more tokens it keeps, by a better selector; latency is the share of tokens alive."""
+
+    def __init__(self) -> None:
+        self.splits = {"select": [SimpleNamespace(task=TASKS[i % 2], image_id=str(i // 4)) for i in range(NUM_SAMPLES)]}
+        self.looks = racing.looks(NUM_SAMPLES)
+        self.anatomy = SimpleNamespace(decoder=DECODER)
+        self.key = SimpleNamespace(image_tokens=NUM_IMAGE_TOKENS, prompt_tokens=NUM_IMAGE_TOKENS + 20)
+        self.evaluated: Counter[str] = Counter()
+        self.measured: Counter[str] = Counter()
+        self.counts: tuple[Counter[str], Counter[str]]
+        self._difficulty = np.random.default_rng(0).random(NUM_SAMPLES)
+
+    def alive(self, plan: Plan) -> float:
+        return float(np.mean(tokens_per_layer(plan, NUM_LAYERS, NUM_IMAGE_TOKENS))) / NUM_IMAGE_TOKENS
+
+    def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
+        self.measured[key(plan)] += 1
+        value = 0.2 + 0.8 * self.alive(plan) + 0.005 * len(plan.stages)
+        return Interval(value, value - 0.005, value + 0.005), 40.0
+
+    def ability(self, plan: Plan) -> float:
+        worth = np.mean([GOOD.get(stage.selector, 0.1) for stage in plan.stages]) if plan.stages else 1.0
+        return float(0.95 * min(1.0, 0.3 + 0.7 * worth * self.alive(plan) ** 0.3))
+
+    def scores(self, plan: Plan, split: str) -> Scores:
+        *_, whole = self._running(plan)
+        return whole
+
+    def running_scores(self, plan: Plan, split: str) -> Iterator[Scores]:
+        for scores in self._running(plan):
+            self.evaluated[key(plan)] += 1
+            yield scores
+
+    def _running(self, plan: Plan) -> Iterator[Scores]:
+        ability = self.ability(plan)
+        for stop in self.looks:
+            right = tuple((self._difficulty[:stop] < ability).astype(float).tolist())
+            yield Scores(("",) * stop, right, (), (1 - ability,) * stop, (1 - ability,) * stop)
+
+    def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
+        return tuple(range(1, num_stages + 1))
+
+    def withdrawal_layer(self) -> int:
+        return 5
+
+
+def key(plan: Plan) -> str:
+    return realised_key(plan, NUM_LAYERS, NUM_IMAGE_TOKENS)
+
+
+def config(out: Path, num_trials: int, guard: float | None = None) -> JobConfig:
+    return JobConfig(
+        model="none",
+        data=None,
+        out=out,
+        limit=Limit.parse(f"prefill_p50<={LIMIT}x"),
+        name="fake",
+        num_trials=num_trials,
+        space=SPACE,
+        sampler="tpe",
+        guard=guard,
     )
 
 
-@given(st.integers(0, 10_000), st.floats(0.4, 0.9))
-def test_every_draw_is_a_legal_plan_within_its_budget(seed: int, limit: float) -> None:
+def searched(out: Path, bench: FakeBench, num_trials: int, **changes: Any) -> Study:
+    study = Study(out / "study.db", "fake", 0)
+    fake: Any = bench
     space = SearchSpace.load(SPACE)
-    rng = np.random.default_rng(seed)
-
-    class Random:
-        def suggest_int(self, name: str, low: int, high: int) -> int:
-            return int(rng.integers(low, high + 1))
-
-        def suggest_float(self, name: str, low: float, high: float) -> float:
-            return float(rng.uniform(low, high))
-
-        def suggest_categorical(self, name: str, choices: list[str]) -> str:
-            return str(rng.choice(choices))
-
-    draw = space.suggest(Random())
-    plan = LATENCY.solve(space.schedule(draw, 8), draw["budget"] * limit)
-    assert all(stage.layer < 8 for stage in plan.stages)
-    assert Plan.from_dict(plan.to_dict()) == plan
-    empty = Plan(stages=(Stage(layer=plan.stages[0].layer, keep=0.0),))
-    reachable = LATENCY.ratio(empty) <= draw["budget"] * limit  # a late first stage cannot save more than it can
-    if reachable:
-        assert LATENCY.ratio(plan) == pytest.approx(draw["budget"] * limit, abs=0.01)
-
-
-def test_rescaling_by_one_is_the_plan_itself() -> None:
-    plan = presets.btp_released(8)
-    again = rescale(plan)(1.0)
-    assert [s.layer for s in again.stages] == [s.layer for s in plan.stages]
-    assert [s.keep for s in again.stages] == pytest.approx([s.keep for s in plan.stages])
-
-
-def test_a_budget_out_of_reach_still_leaves_a_token() -> None:
-    hand_set = presets.btp_released(8)
-    shortest = LATENCY.solve(rescale(hand_set), 0.01)
-    assert shortest.num_kept(256) == (1, 1, 1)
-    assert shortest.num_kept(256) < LATENCY.solve(rescale(hand_set), 0.5).num_kept(256)
-    withdrawal = Plan(stages=(Stage(layer=2, keep=0.5), Stage(layer=5, keep=0.0)))
-    assert LATENCY.solve(lambda _: withdrawal, 0.01) == withdrawal
-
-
-def test_the_latency_model_recovers_a_line() -> None:
-    truth = LatencyModel(floor=0.3, num_layers=8, num_image_tokens=256)
-    plans = [presets.btp_released(8), presets.fastv(8), Plan(stages=(Stage(layer=0, keep=0.0),))]
-    fitted = LatencyModel.fit([(plan, truth.ratio(plan)) for plan in plans], 8, 256)
-    assert fitted.floor == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"colour": [0, 1]}, "colour"),
-        ({"budget": [1.0, 0.5]}, "budget must be a rising [low, high]"),
-        ({"budget": [float("nan"), 1]}, "budget must be a rising [low, high]"),
-        ({"attention_weight": [0, 2]}, "within [0, 1], got [0, 2]"),
-        ({"oversample": [0.5, 2]}, "oversample must be"),
-        ({"first_layer": [20, 30]}, "first_layer must be"),
-        ({"shape": 3}, "shape must be a list of two numbers, got 3"),
-        ({"num_stages": [1.5, 2.5]}, "num_stages must be a list of two whole numbers"),
-        ({"selectors": "balanced"}, "selectors must be a list of selector names"),
-        ({"selectors": None}, "selectors must be a list of selector names"),
-        ({"selectors": []}, "got none"),
-        ({"selectors": ["magic"]}, "got ['magic']"),
-    ],
-)
-def test_a_broken_space_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
-    path = tmp_path / "space.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(SPACE.read_text()), **change}))
-    with pytest.raises(AutotuneError) as raised:
-        SearchSpace.load(path)
-    assert named in str(raised.value)
-
-
-def test_the_front_holds_what_nobody_feasible_beats() -> None:
-    trials = [told(0, 0.5, 0.3), told(1, 0.4, 0.4), told(2, 0.8, 0.5), told(3, 0.9, 0.8)]
-    assert [t.number for t in front(trials)] == [0, 2]
-
-
-def test_fresh_forgets_one_study_and_leaves_the_others(tmp_path: Path) -> None:
-    storage = tmp_path / "study.db"
-    Study.forget(storage, "one")  # nothing there yet
-    for name in ("one", "two"):
-        Study(storage, name, 0).note("limit", 0.5)
-    Study.forget(storage, "one")
-    assert Study(storage, "one", 0).notes == {}
-    assert Study(storage, "two", 0).notes == {"limit": 0.5}
-
-
-def test_any_seed_from_zero_up_can_ask(tmp_path: Path) -> None:
-    number, _, draw = Study(tmp_path / "study.db", "seeded", 2**40).ask(SearchSpace.load(SPACE))
-    assert number == 0
-    assert not isinstance(draw, Plan)
-
-
-def test_storage_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "study.db").write_text("my diary, with quite a few words in it")
-    with pytest.raises(AutotuneError, match="must be an SQLite database"):
-        Study(tmp_path / "study.db", "one", 0)
-    assert (tmp_path / "study.db").read_text().startswith("my diary")
-
-
-def replayed(plan: Plan) -> float:
-    """A table with a known optimum: attention at lambda 0.8, first stage before layer 4."""
-    first = plan.stages[0]
-    return 1 - abs(first.attention_weight - 0.8) - 0.1 * abs(first.layer - 4) - 0.2 * (first.selector != "attention")
-
-
-def search(storage: Path, num_trials: int, stop_after: int | None = None, seed: int = 3) -> Study:
-    space = SearchSpace.load(SPACE)
-    study = Study(storage, "replay", seed)
-    study.enqueue("hand-set", presets.btp_released(8))
-    while study.num_done < num_trials and study.num_done != stop_after:
-        number, name, asked = study.ask(space)
-        plan = asked if isinstance(asked, Plan) else LATENCY.solve(space.schedule(asked, 8), asked["budget"] * 0.7)
-        study.tell(told(number, replayed(plan), LATENCY.ratio(plan), plan=plan, name=name))
+    Search(config(out, num_trials, **changes), fake, study, space, lambda _: None).run(LIMIT, {"too slow": TOO_SLOW})
     return study
 
 
-def test_the_search_nears_a_known_optimum_and_beats_its_random_start(tmp_path: Path) -> None:
-    found = search(tmp_path / "study.db", 40).told()
-    assert found[0].name == "hand-set"
-    assert max(t.score for t in found) > 0.7
-    assert np.mean([t.score for t in found[25:]]) > np.mean([t.score for t in found[1:13]])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, FakeBench]:
+    bench = FakeBench()
+    study = searched(tmp_path_factory.mktemp("search"), bench, 40)
+    bench.evaluated, bench.measured, counted = Counter(), Counter(), (bench.evaluated, bench.measured)
+    bench.counts = counted
+    return study, bench
 
 
-def test_an_interrupted_study_asks_what_an_unbroken_one_asks(tmp_path: Path) -> None:
-    whole = search(tmp_path / "whole.db", 18).told()
-    search(tmp_path / "broken.db", 18, stop_after=9)
-    resumed = search(tmp_path / "broken.db", 18).told()
-    assert [t.plan for t in resumed] == [t.plan for t in whole]
-    other = search(tmp_path / "other.db", 18, seed=4).told()
-    assert [t.plan for t in other[1:]] != [t.plan for t in whole[1:]]
+def test_the_number_of_trials_is_reached_and_the_published_come_before_the_draws(
+    finished: tuple[Study, FakeBench],
+) -> None:
+    names = [t.name for t in finished[0].told()]
+    assert len(names) == len(set(names)) == 40
+    assert {"hand-set", "hand-set at limit", *CONTROLS, *(title(system) for system in PUBLISHED)} < set(names)
+    assert sum(name.startswith("trial") for name in names) >= 20
 
 
-def test_a_killed_trial_is_asked_again_with_its_parameters(tmp_path: Path) -> None:
-    space = SearchSpace.load(SPACE)
-    study = Study(tmp_path / "study.db", "replay", 0)
-    study.enqueue("hand-set", presets.btp_released(8))
-    asked = [study.ask(space) for _ in range(2)]  # and the process dies here
-    again = Study(tmp_path / "study.db", "replay", 0)
-    again.enqueue("hand-set", presets.btp_released(8))
-    retried = [again.ask(space) for _ in range(2)]
-    assert [entry[2] for entry in retried] == [entry[2] for entry in asked]
-    assert retried[0][1] == "hand-set"
-    assert {entry[0] for entry in retried}.isdisjoint(entry[0] for entry in asked)
+def test_every_front_member_is_measured_within_the_limit_and_scored_on_everything(
+    finished: tuple[Study, FakeBench],
+) -> None:
+    members = front(finished[0].told())
+    assert members
+    assert all(t.num_samples == NUM_SAMPLES and t.measured and t.ratio_high <= LIMIT for t in members)
+    assert any(t.name.startswith("trial") for t in members)
 
 
-def test_every_finished_trial_carries_the_one_constraint(tmp_path: Path) -> None:
-    search(tmp_path / "study.db", 6)
-    trials = optuna.load_study(study_name="replay", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
-    done = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE]
-    assert len(done) == 6
-    assert all(list(t.constraints) == ["latency_over_limit"] for t in done)
+def test_racing_keeps_the_front_that_there_would_be_without_it(finished: tuple[Study, FakeBench]) -> None:
+    study, bench = finished
+    told = study.told()
+    assert any(not t.complete for t in told)
+    assert summary(study)["saved_by_racing"] > 0.1
+    for t in told:
+        if not t.complete and bench.ratio(t.plan)[0].high <= LIMIT:
+            score = np.mean(bench.scores(t.plan, "select").scores)
+            faster = [m for m in front(told) if m.ratio <= bench.ratio(t.plan)[0].value * 1.05]
+            assert score <= max(m.score for m in faster) + 1e-9
+
+
+def test_no_realised_plan_is_evaluated_or_measured_twice(finished: tuple[Study, FakeBench]) -> None:
+    study, bench = finished
+    evaluated, measured = bench.counts
+    assert max(evaluated.values()) <= len(bench.looks)
+    probes = {key(Plan.from_dict(probe["plan"])) for probe in study.notes["probes"]}
+    assert all(count == 1 for plan, count in measured.items() if plan not in probes)
+
+
+def test_slow_plans_are_stopped_at_the_first_look(finished: tuple[Study, FakeBench]) -> None:
+    slow = [t for t in finished[0].told() if t.measured and t.ratio_low > LIMIT]
+    assert "too slow" in [t.name for t in slow]
+    assert all(t.num_samples == finished[1].looks[0] and not t.feasible for t in slow)
+
+
+def test_a_guard_is_a_constraint(tmp_path: Path) -> None:
+    study = searched(tmp_path, FakeBench(), 14, guard=0.97)
+    told = [t for t in study.told() if t.complete]
+    assert any(t.ratio_high <= LIMIT and not t.feasible for t in told)
+    assert all(t.worst_task >= 0.97 for t in front(told))
+
+
+class Stopped(Exception):
+    """Raised in the middle of a search, as a kill would end it."""
+
+
+def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbroken = searched(tmp_path / "unbroken", FakeBench(), 20)
+    told, tell = 0, Study.tell
+
+    def until(self: Study, *args: Any) -> None:
+        nonlocal told
+        told += 1
+        if told in (5, 16):
+            raise Stopped
+        tell(self, *args)
+
+    monkeypatch.setattr(Study, "tell", until)
+    bench = FakeBench()
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            searched(tmp_path / "broken", bench, 20)
+    study = searched(tmp_path / "broken", bench, 20)
+    assert [t.plan for t in study.told()] == [t.plan for t in unbroken.told()]
+
+
+def test_the_draws_decode_to_plans_that_use_the_limit(finished: tuple[Study, FakeBench]) -> None:
+    drawn = [t.ratio for t in finished[0].told() if t.draw is not None and t.measured and t.name.startswith("trial")]
+    assert np.median(drawn) > 0.8 * LIMIT
+    assert sum(ratio <= LIMIT for ratio in drawn) >= 0.9 * len(drawn)
+
+
+def test_published_systems_at_the_limit_keep_their_shape(finished: tuple[Study, FakeBench]) -> None:
+    told = {t.name: t.plan for t in finished[0].told()}
+    divprune = told[title("divprune")]
+    assert [(s.layer, s.selector) for s in divprune.stages] == [(0, "diversity")]
+    pyramid = told[title("pyramiddrop")].stages
+    assert all(above.keep > below.keep for above, below in pairwise(pyramid))

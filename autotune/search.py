@@ -1,0 +1,238 @@
+"""The search: published plans first, then draws of the space, each raced against the front and measured on the device.
+
+A trial goes through the samples of `select` look by look. At every look it stops where racing says that it will not
+enter the front at its latency. That is the modelled latency at the first look, less what the model may err; whoever is
+left is measured then, and stops there if it is surely over the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from autotune.bench import Bench
+from autotune.certify import Interval
+from autotune.config import JobConfig
+from autotune.evaluation import Scores
+from autotune.latency_model import CPU_TILES, TILES, LatencyModel
+from autotune.objective import Told, rivals, steering
+from autotune.racing import Race
+from autotune.realised import realised_key
+from autotune.space import Draw, SearchSpace, rescale
+from autotune.study import Study
+from btp import presets
+from btp.budget import fit_flops
+from btp.cost import image_token_flops
+from btp.plan import Plan
+
+__all__ = ["CONTROLS", "DENSE", "PUBLISHED", "Search", "summary", "title"]
+
+DENSE = Plan(stages=())
+CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
+PUBLISHED = tuple(name for name in presets.SYSTEMS if name not in ("dense", "btp_released", *CONTROLS))
+"""Tried at the limit beside the hand-set plan, which is the released code's."""
+SPREAD_PROBES, LIMIT_PROBES = 9, 6  # plans measured to model the latency: all over the range, then at the limit
+FASTEST_PROBE, SLOWEST_PROBE = 0.2, 0.9  # of dense's multiplications
+SHARE_OF_SEEDS = 0.5  # of the trials, at most, go to plans that were not drawn
+
+
+class Search:
+    """One study's trials, from the first probe to the last draw. limit: latency ratio to dense."""
+
+    def __init__(
+        self, config: JobConfig, bench: Bench, study: Study, space: SearchSpace, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._bench, self._study, self._space, self._say = config, bench, study, space, say
+        self._decoder, self._num_image_tokens = bench.anatomy.decoder, bench.key.image_tokens
+        self._num_layers = self._decoder.num_layers
+        self._race = Race([e.task for e in bench.splits["select"]])
+
+    def run(self, limit: float, known: Mapping[str, Plan]) -> None:
+        """Finish the study's number of trials; `known`: plans to try beside the published ones, by name."""
+        if "limit" not in self._study.notes:
+            self._begin(limit)
+        for name, plan in self._seeds(known).items():
+            self._study.enqueue(name, plan)
+        self._say("answering `select` with dense")
+        self._bench.scores(DENSE, "select")
+        while self._study.num_done < self._config.num_trials:
+            number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
+            plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
+            key = self._key(plan)
+            same = self._study.same_as(key)
+            told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name, plan=plan)
+            self._study.tell(replace(told, draw=draw), key)
+            self._say("searching")
+        self._study.note("steering", steering(self._study.told()).reason)
+
+    @cached_property
+    def limit(self) -> float:
+        """The limit as a ratio, as it was when the study began."""
+        return float(self._study.notes["limit"])
+
+    @cached_property
+    def latency(self) -> LatencyModel:
+        """Fitted to the study's own probes."""
+        return LatencyModel.from_dict(self._study.notes["latency"])
+
+    def at_limit(self, plan: Plan) -> Plan:
+        """The same system with its keep fractions and layers scaled until its modelled latency is the limit."""
+        num_tokens = len(plan.stages) + 1  # so many in every layer pay for a token of each stage
+        least, most = (self._flops(tokens) for tokens in (num_tokens, self._num_image_tokens))
+
+        def schedule(t: float) -> Plan:
+            return fit_flops(
+                plan,
+                max(least, most * math.exp(-t)),
+                num_layers=self._num_layers,
+                num_image_tokens=self._num_image_tokens,
+                hidden_size=self._decoder.hidden_size,
+                intermediate_size=self._decoder.intermediate_size,
+            )
+
+        return self.latency.solve(schedule, self.limit)
+
+    def _flops(self, num_tokens: int) -> int:
+        counts = (num_tokens,) * self._num_layers
+        return image_token_flops(counts, self._decoder.hidden_size, self._decoder.intermediate_size)
+
+    def _begin(self, limit: float) -> None:
+        """What the whole study rests on, measured once: the latency model and the calibrated layers."""
+        num_text_tokens = self._bench.key.prompt_tokens - self._num_image_tokens
+        sizes = (self._decoder, self._num_image_tokens, num_text_tokens)
+        spread = np.linspace(FASTEST_PROBE, SLOWEST_PROBE, SPREAD_PROBES).tolist()
+        plans = LatencyModel.from_flops(*sizes).probes(self._space, spread, self._config.seed)
+        tiles = CPU_TILES if self._config.device == "cpu" else TILES
+        probes: list[tuple[Plan, float]] = []
+        for wave in ("spread", "at the limit"):
+            for plan in plans:
+                self._say(f"measuring probe {len(probes) + 1} of {SPREAD_PROBES + LIMIT_PROBES}")
+                probes.append((plan, self._bench.ratio(plan)[0].value))
+            fitted = LatencyModel.fit(probes, *sizes, tiles=tiles)
+            if wave == "spread":
+                plans = fitted.probes(self._space, [limit] * LIMIT_PROBES, self._config.seed)
+        self._say("calibrating")
+        self._study.note("latency", fitted.to_dict())
+        self._study.note("probes", [{"plan": plan.to_dict(), "ratio": ratio} for plan, ratio in probes])
+        num_stages = len(presets.btp_released(self._num_layers).stages)
+        self._study.note("calibrated_layers", self._bench.calibrated_layers(num_stages))
+        self._study.note("withdrawal_layer", self._bench.withdrawal_layer())
+        self._study.note("limit", limit)
+
+    def _seeds(self, known: Mapping[str, Plan]) -> dict[str, Plan]:
+        """What every study tries before it draws: the hand-set plan with its controls, what is known, the published."""
+        layers = tuple(self._study.notes["calibrated_layers"])
+        hand_set = presets.btp_released(self._num_layers)
+        scaled = self.latency.solve(rescale(hand_set), self.limit)
+        found = {
+            "hand-set": hand_set,
+            "hand-set at limit": scaled,
+            **{name: control(scaled) for name, control in CONTROLS.items()},
+            "hand-set, calibrated layers": self.at_limit(presets.btp_released(self._num_layers, layers=layers)),
+        }
+        room = int(SHARE_OF_SEEDS * self._config.num_trials) - len(found)
+        others = {**known, **{title(name): self.at_limit(self._system(name)) for name in PUBLISHED}}
+        return {**found, **dict(list(others.items())[: max(room, 0)])}
+
+    def _system(self, name: str) -> Plan:
+        """A published system's own plan for this model, with the layers that its own calibration finds."""
+        notes = self._study.notes
+        calibrated: dict[str, Callable[[], Plan]] = {
+            "btp_paper": lambda: presets.btp_paper(self._num_layers, layers=tuple(notes["calibrated_layers"])),
+            "vtw": lambda: presets.vtw(self._num_layers, layer=notes["withdrawal_layer"]),
+        }
+        return calibrated.get(name, lambda: presets.SYSTEMS[name].plan(self._num_layers))()
+
+    def _key(self, plan: Plan) -> str:
+        return realised_key(plan, self._num_layers, self._num_image_tokens)
+
+    def _same(self, draw: Draw) -> Told | None:
+        return self._study.same_as(self._key(self._decoded(draw)))
+
+    def _draw_of(self, plan: Plan) -> Draw | None:
+        budget = self.latency.ratio(plan) * (1 + self.latency.error.margin) / self.limit
+        return self._space.draw_of(plan, self._num_layers, self._num_image_tokens, min(budget, 1.0))
+
+    def _decoded(self, draw: Draw) -> Plan:
+        share = draw.get("budget", self._space.budget.high)
+        return self.latency.solve(self._space.schedule(draw, self._num_layers), float(share) * self.limit)
+
+    def _try(self, number: int, name: str, plan: Plan) -> Told:
+        """Score the plan look by look, and measure it if the first look does not end it."""
+        modelled = self.latency.ratio(plan)
+        ratio, fastest, measured = Interval(modelled, modelled, modelled), modelled / self._may_err, False
+        for scores in self._bench.running_scores(plan, "select"):
+            complete = len(scores.scores) == self._bench.looks[-1]
+            told = self._told(number, name, plan, scores, ratio, measured)
+            if self._is_dominated(scores, fastest) and not complete:
+                return told
+            if not measured:
+                ratio, measured = self._bench.ratio(plan)[0], True
+                fastest = ratio.value
+                told = self._told(number, name, plan, scores, ratio, measured)
+                if ratio.low > self.limit and not complete:
+                    return told
+        return told
+
+    @property
+    def _may_err(self) -> float:
+        return 1 + self.latency.error.worst
+
+    def _is_dominated(self, scores: Scores, ratio: float) -> bool:
+        members = [self._bench.scores(t.plan, "select").scores for t in rivals(self._study.told(), ratio)]
+        return self._race.is_dominated(scores.scores, members)
+
+    def _told(self, number: int, name: str, plan: Plan, scores: Scores, ratio: Interval, measured: bool) -> Told:
+        num_samples = len(scores.scores)
+        by_task = self._by_task(scores.scores)
+        dense = self._by_task(self._bench.scores(DENSE, "select").scores[:num_samples])
+        kept = [by_task[task] / dense[task] for task in by_task if dense[task] > 0]
+        return Told(
+            number=number,
+            name=name,
+            plan=plan,
+            num_samples=num_samples,
+            score=sum(by_task.values()) / len(by_task),
+            proxy=float(np.mean(scores.kl)),
+            nll=float(np.mean(scores.nll)),
+            by_task=by_task,
+            worst_task=min(kept, default=1.0),
+            ratio=ratio.value,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
+            measured=measured,
+            limit=self.limit,
+            guard=self._config.guard,
+            complete=num_samples == self._bench.looks[-1],
+        )
+
+    def _by_task(self, scores: Sequence[float]) -> dict[str, float]:
+        """Means of the tasks over the first samples."""
+        found: dict[str, list[float]] = {}
+        for example, score in zip(self._bench.splits["select"], scores, strict=False):
+            found.setdefault(example.task, []).append(score)
+        return {task: float(np.mean(values)) for task, values in sorted(found.items())}
+
+
+def title(system: str) -> str:
+    """The name of a published system's trial."""
+    return f"{presets.SYSTEMS[system].name} at limit"
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """How the search went, as plain data: what steered it, what racing saved, how well latency was known."""
+    told = study.told()
+    error = study.notes["latency"]["error"]
+    evaluated = sum(t.num_samples for t in told)
+    full = max((t.num_samples for t in told), default=0) * len(told)
+    return {
+        "steering": study.notes.get("steering", ""),
+        "evaluated_samples": evaluated,
+        "saved_by_racing": 1 - evaluated / full if full else 0.0,
+        "latency_model_error": error,
+    }
