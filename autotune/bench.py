@@ -19,7 +19,9 @@ from autotune.certify import Interval, ScoreTable
 from autotune.config import Limit, RunConfig
 from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
+from autotune.learn import Learned, learn
 from autotune.reference import WEIGHTS
+from autotune.schedule import flops_of
 from autotune.scores import joined
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
 from btp.device_state import bearable_share
@@ -27,10 +29,10 @@ from btp.errors import PlanError
 from btp.families import anatomy_of
 from btp.intervals import percentile, ratio_interval
 from btp.latency import device_key, measure
-from btp.plan import Plan
+from btp.plan import Plan, round_half_up
 from btp.profile import Profile
 
-__all__ = ["Bench", "measure_file", "measure_ratio"]
+__all__ = ["Bench", "learn_file", "measure_file", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of BTP's calibration
 NUM_WITHDRAWAL = 20  # samples of VTW's layer search
@@ -86,6 +88,33 @@ def measure_file(
     return ratio, dense_ms, ratio.value <= limit.ratio(dense_ms)
 
 
+def learn_file(
+    model: str,
+    questions: Path | None,
+    fraction: float,
+    path: Path,
+    *,
+    threads: int,
+    device: str,
+    say: Callable[[str], None],
+    **settings: Any,
+) -> Learned:
+    """Learn a plan at the FLOPs of a fraction of the image tokens in every layer, and write it to `path`.
+
+    model: empty for the reference VLM; questions: None for its data. settings: of `learn`. Raises as `learn`.
+    """
+    torch.set_num_threads(threads)
+    loaded, processor = load_model(model or str(WEIGHTS), device)
+    examples = data.load_splits(questions)["calibrate"]
+    anatomy = anatomy_of(loaded)
+    num_tokens = int(anatomy.image_mask(prompt_inputs(processor, examples[:1], device)).sum())
+    kept = max(1, round_half_up(fraction * num_tokens))
+    budget = flops_of(anatomy.decoder, num_tokens)((kept,) * anatomy.decoder.num_layers)
+    found = learn(loaded, processor, examples, budget, say=say, **settings)
+    found.plan.save(path)
+    return found
+
+
 class Bench:
     """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk.
 
@@ -138,6 +167,17 @@ class Bench:
             return withdrawal_layer(self.model, self._batches(self.splits["calibrate"], NUM_WITHDRAWAL, 1))
         except PlanError:
             return None
+
+    def learned(self, budget: float, say: Callable[[str], None]) -> Plan:
+        """The plan learned by gradient on `calibrate` at a share of dense's FLOPs; learned once, also over runs."""
+
+        def compute() -> dict[str, Any]:
+            found = learn(
+                self.model, self._processor, self.splits["calibrate"], budget, seed=self._config.seed, say=say
+            )
+            return found.plan.to_dict()
+
+        return Plan.from_dict(self.kept(f"learned-{self._config.seed}-{budget:.3f}", compute))
 
     def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
         """Model inputs of examples drawn by the seed, in the order they came."""

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from autotune.config import AutotuneError, CompareConfig, JobConfig, Limit
+from autotune.console import bar, errors, plain, print_tables
 from autotune.options import (
     CORES,
+    DataOption,
     DebugOption,
     DeviceOption,
     FinalistsOption,
     FreshOption,
     GuardOption,
     JsonOption,
+    LearnOption,
     LimitOption,
     MarginOption,
+    ModelOption,
     OutOption,
     RegistryOption,
     RepeatsOption,
@@ -35,7 +34,6 @@ from autotune.options import (
     TrialsOption,
     WorkersOption,
 )
-from btp.errors import BTPError
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find, prove and hand out image-token pruning plans for vision-language models.",
 )
-stderr = Console(stderr=True)
 
 
 @app.command()
@@ -59,12 +56,13 @@ def demo(
     guard: GuardOption = "",
     margin: MarginOption = 0.02,
     num_finalists: FinalistsOption = 4,
+    learn: LearnOption = False,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Tune the reference VLM on its own questions: the whole job on two cores in minutes."""
-    with _errors(debug):
+    with errors(debug):
         from autotune.reference import WEIGHTS
 
         config = JobConfig(
@@ -84,6 +82,7 @@ def demo(
             guard=_guard(guard),
             margin=margin,
             num_finalists=num_finalists,
+            learn=learn,
         )
         _run_job(config, as_json)
 
@@ -104,6 +103,7 @@ def tune(
     guard: GuardOption = "",
     margin: MarginOption = 0.02,
     num_finalists: FinalistsOption = 4,
+    learn: LearnOption = False,
     plan: Annotated[list[Path] | None, typer.Option(help="File with a plan to try too; may be given again.")] = None,
     fresh: FreshOption = False,
     space: Annotated[Path | None, typer.Option(help="Search space YAML; default: the one that comes along.")] = None,
@@ -113,7 +113,7 @@ def tune(
     debug: DebugOption = False,
 ) -> None:
     """Tune your own model on your own questions."""
-    with _errors(debug):
+    with errors(debug):
         config = JobConfig(
             model=model,
             data=data,
@@ -133,6 +133,7 @@ def tune(
             guard=_guard(guard),
             margin=margin,
             num_finalists=num_finalists,
+            learn=learn,
             plans=tuple(plan or ()),
         )
         _run_job(config, as_json)
@@ -140,8 +141,8 @@ def tune(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Option(help="Local folder or hub id of your model; default: the reference VLM.")] = "",
-    data: Annotated[Path | None, typer.Option(help="Your questions, as for tune; default: the reference's.")] = None,
+    model: ModelOption = "",
+    data: DataOption = None,
     tokens: Annotated[
         str, typer.Option(help="Budgets: FLOPs of these fractions of the image tokens in every layer.")
     ] = "0.33,0.22,0.11",
@@ -163,10 +164,9 @@ def compare(
     debug: DebugOption = False,
 ) -> None:
     """Compare the published systems on your model at equal FLOPs: accuracy, measured latency, cache."""
-    with _errors(debug):
+    with errors(debug):
         fractions, names = CompareConfig.parse_fractions(tokens), CompareConfig.parse_systems(systems)
-        if bool(model) != (data is not None):
-            raise AutotuneError("--model and --data must be given together, or neither for the reference VLM")
+        _check_pair(model, data)
         from autotune.reference import WEIGHTS
 
         config = CompareConfig(
@@ -186,6 +186,49 @@ def compare(
         _run_comparison(config, as_json)
 
 
+@app.command("learn")
+def learn_plan(
+    model: ModelOption = "",
+    data: DataOption = None,
+    tokens: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="FLOPs of this fraction of the image tokens in every layer.")
+    ] = 0.33,
+    steps: Annotated[int, typer.Option(min=4, help="Steps of 8 prompts each.")] = 120,
+    stages: Annotated[int, typer.Option(min=1, help="Stages, at most.")] = 4,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("learned.json"),
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 1,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Learn keep ratios and lambda of every stage by gradient, label-free, in minutes; `tune --plan` tries the plan."""
+    with errors(debug):
+        _check_pair(model, data)
+        from autotune.bench import learn_file
+
+        with bar() as progress:
+            line = progress.add_task("learning", total=None, told="")
+            found = learn_file(
+                model,
+                data,
+                tokens,
+                out,
+                steps=steps,
+                max_stages=stages,
+                seed=seed,
+                threads=threads,
+                device=device,
+                say=lambda what: progress.update(line, description="learning", told=what),
+            )
+    if as_json:
+        print(json.dumps({"plan": found.plan.to_dict(), "cost": found.cost, "seconds": found.seconds}))
+    else:
+        for stage in found.plan.stages:
+            print(f"before layer {stage.layer}: keep {stage.keep:.3f}, lambda {stage.attention_weight:.3f}")
+        print(f"{found.cost:.3f} of dense's image-token FLOPs, {found.seconds:.0f} s\n  {out}")
+
+
 @app.command()
 def measure(
     profile: Annotated[Path, typer.Argument(help="A profile.json, or a plan.")],
@@ -199,7 +242,7 @@ def measure(
     debug: DebugOption = False,
 ) -> None:
     """Measure a profile's latency on this device, paired with dense; exit 1 where it misses the limit."""
-    with _errors(debug):
+    with errors(debug):
         from autotune.bench import measure_file
 
         bound = Limit.parse(limit)
@@ -221,13 +264,18 @@ def pull(
     debug: DebugOption = False,
 ) -> None:
     """Fetch a registered profile by alias, checked by its digest."""
-    with _errors(debug):
+    with errors(debug):
         from autotune.registry import Registry
 
         name, at, alias = reference.removeprefix("models:/").partition("@")
         if not (at and name and alias):
             raise AutotuneError(f"a reference reads models:/NAME@ALIAS, got {reference!r}")
         print(Registry(registry).pull(name, alias, to))
+
+
+def _check_pair(model: str, data: Path | None) -> None:
+    if bool(model) != (data is not None):
+        raise AutotuneError("--model and --data must be given together, or neither for the reference VLM")
 
 
 def _guard(text: str) -> float | None:
@@ -245,19 +293,19 @@ def _default_space() -> Path:
 def _run_job(config: JobConfig, as_json: bool) -> None:
     from autotune import data, delivery, job
 
-    with _bar() as bar:
-        line = bar.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
+    with bar() as progress:
+        line = progress.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
 
         def show(what: str, num_told: int, steps: int, best: float | None) -> None:
             told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
-            bar.update(line, description=what, completed=steps, told=told)
+            progress.update(line, description=what, completed=steps, told=told)
 
         outcome = job.run(config, data.load_splits(config.data), show)
     if as_json:
         print(json.dumps(outcome.to_dict()))
     else:
         rows = [row.cells() for row in outcome.rows]
-        _print([Table(title=outcome.title)], delivery.HEADINGS, [rows], outcome.lines(), 120)
+        print_tables([Table(title=outcome.title)], delivery.HEADINGS, [rows], outcome.lines(), 120)
     if not (outcome.met and outcome.reproduced):
         raise typer.Exit(1)
 
@@ -265,11 +313,11 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
 def _run_comparison(config: CompareConfig, as_json: bool) -> None:
     from autotune import compare, data, results
 
-    with _bar() as bar:
-        line = bar.add_task("reading the data", total=None, told="")
+    with bar() as progress:
+        line = progress.add_task("reading the data", total=None, told="")
 
         def show(what: str, done: int, steps: int) -> None:
-            bar.update(line, description=what, completed=done, total=steps, told=f"{done}/{steps}")
+            progress.update(line, description=what, completed=done, total=steps, told=f"{done}/{steps}")
 
         found = compare.run(config, data.load_splits(config.data), show)
     if as_json:
@@ -278,59 +326,10 @@ def _run_comparison(config: CompareConfig, as_json: bool) -> None:
         files = [f"  {path}" for path in compare.paths(config)]
         for fraction in found.fractions:
             rows = [row.cells() for row in found.at(fraction)]
-            _print([_plain(found.title(fraction))], results.HEADINGS, [rows], [], 100)
+            print_tables([plain(found.title(fraction))], results.HEADINGS, [rows], [], 100)
             headings, by_task = found.by_task(fraction)
-            _print([_plain("accuracy by task, %")], headings, [by_task], [], 100)
-        _print([], (), [], [*found.notes(), *files], 100)
-
-
-def _bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}", table_column=Column(width=30, no_wrap=True)),
-        BarColumn(bar_width=12),
-        TextColumn("{task.fields[told]}"),
-    )
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr)
-
-
-def _plain(title: str) -> Table:
-    return Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-
-
-def _print(
-    tables: Sequence[Table],
-    headings: Sequence[str],
-    rows: Sequence[Sequence[Sequence[str]]],
-    lines: Sequence[str],
-    width: int,
-) -> None:
-    """The tables with their rows, then the lines; a pipe is no reason to break a table."""
-    console = Console(highlight=False)
-    console.width = max(console.width, width)
-    for table, own in zip(tables, rows, strict=True):
-        for index, heading in enumerate(headings):
-            text = not any(character.isdigit() for character in own[0][index][:1])
-            table.add_column(heading, justify="left" if text else "right", no_wrap=True)
-        for cells in own:
-            table.add_row(*cells)
-        console.print(table)
-    for line in lines:
-        console.print(line, markup=False)
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """One line and exit code 2 for what a user can mend; the traceback only on request."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        stderr.print("interrupted; what is finished is kept: run the same command again to resume", style="red")
-        raise typer.Exit(130) from None
-    except (AutotuneError, BTPError) as error:
-        if debug:
-            raise
-        stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+            print_tables([plain("accuracy by task, %")], headings, [by_task], [], 100)
+        print_tables([], (), [], [*found.notes(), *files], 100)
 
 
 def main() -> None:

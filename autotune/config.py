@@ -103,7 +103,7 @@ class JobConfig(RunConfig):
 
     sampler: in `autotune.samplers.SAMPLERS`. guard: the least retention of the worst task that a plan may have; None
     for any. margin: how much macro accuracy below dense a plan may be and still be certified. num_finalists: plans that
-    are certified. plans: files with plans to try beside the published ones.
+    are certified. plans: files with plans to try beside the published ones. learn: try one that is learned by gradient.
     """
 
     limit: Limit
@@ -115,6 +115,7 @@ class JobConfig(RunConfig):
     margin: float = 0.02
     num_finalists: int = 4
     plans: tuple[Path, ...] = ()
+    learn: bool = False
     tracking_uri: str | None = None
 
 

@@ -18,7 +18,7 @@ from autotune.data import Example
 from autotune.delivery import Outcome, Row, check_out, deliver, fresh_ratio, registry_of
 from autotune.objective import Told
 from autotune.samplers import SAMPLERS
-from autotune.search import CONTROLS, DENSE, PUBLISHED, Search, title
+from autotune.search import CONTROLS, DENSE, LEARNED, PUBLISHED, Search, title
 from autotune.space import SearchSpace
 from autotune.study import Study
 from btp.cost import image_token_flops, tokens_per_layer
@@ -190,6 +190,8 @@ def _rivals(bench: Bench, study: Study, champion: Told, say: Callable[[str], Non
     if able := [t for t in published if t.feasible and t.complete]:
         best = max(able, key=lambda t: t.score)
         found[best.name] = best.plan
+    if LEARNED in told:
+        found[LEARNED] = told[LEARNED].plan
     for name, control in CONTROLS.items():
         say(f"scoring {name}, tuned schedule")
         own, given = control(champion.plan), told[name].plan

@@ -12,14 +12,17 @@ from autotune.config import MIN_TRIALS
 
 __all__ = [
     "CORES",
+    "DataOption",
     "DebugOption",
     "DeviceOption",
     "FinalistsOption",
     "FreshOption",
     "GuardOption",
     "JsonOption",
+    "LearnOption",
     "LimitOption",
     "MarginOption",
+    "ModelOption",
     "OutOption",
     "RegistryOption",
     "RepeatsOption",
@@ -30,6 +33,8 @@ __all__ = [
     "WorkersOption",
 ]
 
+ModelOption = Annotated[str, typer.Option(help="Local folder or hub id of your model; default: the reference VLM.")]
+DataOption = Annotated[Path | None, typer.Option(help="Your questions, as for tune; default: the reference's.")]
 LimitOption = Annotated[
     str, typer.Option(help='Latency to stay within, such as "prefill_p50<=0.7x" or "ttft_p95<=50ms".')
 ]
@@ -52,6 +57,7 @@ GuardOption = Annotated[
 ]
 MarginOption = Annotated[float, typer.Option(min=0.0, help="Macro accuracy below dense that a certified plan may be.")]
 FinalistsOption = Annotated[int, typer.Option("--finalists", min=1, max=8, help="Plans to certify, best first.")]
+LearnOption = Annotated[bool, typer.Option("--learn", help="Try a plan learned by gradient too; takes minutes.")]
 RegistryOption = Annotated[str | None, typer.Option("--registry", help="MLflow address; default: SQLite in --out.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,20 @@ from btp.plan import Plan
 
 __all__ = ["Point", "write_comparison", "write_front", "write_task_scores"]
 
-FIXED = {"hand-set": "s", "hand-set at limit": "P", "hand-set, calibrated layers": "X", "random": "v", "uniform": "^"}
+FIXED = {
+    "hand-set": "s",
+    "hand-set at limit": "P",
+    "hand-set, calibrated layers": "X",
+    "learned by gradient": "D",
+    "random": "v",
+    "uniform": "^",
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "trial": {"fmt": "o", "color": "tab:blue", "label": "trial"},
+    "published": {"fmt": "d", "color": "tab:green", "label": "published, at the limit"},
+    "over the limit": {"fmt": "o", "color": "0.6", "label": "over the limit"},
+    "stopped": {"fmt": "x", "color": "0.75", "label": "stopped early, on fewer samples"},
+}
 WEIGHTED = ("joint", "balanced")  # selectors that attention_weight means something to
 SCORE = "macro accuracy on `select`"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
@@ -62,12 +75,12 @@ def _write_png(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> N
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for t in told:
-        if t.name in FIXED:
-            axes.plot(t.ratio, t.score, FIXED[t.name], markersize=8, label=t.name)
+        if (kind := _kind(t)) in FIXED:
+            name = kind if t.complete else f"{kind}, on {t.num_samples} samples"
+            axes.plot(t.ratio, t.score, FIXED[kind], markersize=8, alpha=1.0 if t.complete else 0.4, label=name)
             continue
-        color = "tab:blue" if t.feasible else "0.7"
         width = [[t.ratio - t.ratio_low], [t.ratio_high - t.ratio]]
-        axes.errorbar(t.ratio, t.score, xerr=width, fmt="o", color=color, markersize=4, elinewidth=0.6)
+        axes.errorbar(t.ratio, t.score, xerr=width, markersize=4, elinewidth=0.6, **STYLES[kind])
     axes.step(
         [t.ratio for t in front(told)], [t.score for t in front(told)], where="post", color="tab:blue", label="front"
     )
@@ -78,8 +91,20 @@ def _write_png(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> N
             break
     axes.set(xlabel=_latency(limit), ylabel=SCORE)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry a name
+    axes.legend(handles.values(), handles.keys(), fontsize=8)
     figure.savefig(path)
+
+
+def _kind(t: Told) -> str:
+    """What a trial is drawn as: a fixed plan by its name, the others by how they ended."""
+    if t.name in FIXED:
+        return t.name
+    if not t.complete:
+        return "stopped"
+    if not t.feasible:
+        return "over the limit"
+    return "trial" if t.name.startswith("trial ") else "published"
 
 
 def _write_html(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> None:
@@ -88,8 +113,7 @@ def _write_html(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> 
     figure = go.Figure()
     groups: dict[str, list[Told]] = {}
     for t in told:
-        kind = t.name if t.name in FIXED else "trial" if t.feasible else "trial over the limit"
-        groups.setdefault(kind, []).append(t)
+        groups.setdefault(_kind(t), []).append(t)
     groups["tuned"] = [t for t in told if t.plan == tuned][:1]
     for name, members in groups.items():
         figure.add_trace(go.Scatter(name=name, mode="markers", **_points(members, size=16 if name == "tuned" else 9)))
@@ -110,7 +134,7 @@ def _write_html(told: Sequence[Told], tuned: Plan, limit: Limit, path: Path) -> 
 
 def _points(members: Sequence[Told], size: int) -> dict[str, Any]:
     texts = [
-        f"<b>{t.name}</b><br>{t.score:.3f} at {t.ratio:.3f}x<br>"
+        f"<b>{t.name}</b><br>{t.score:.3f} on {t.num_samples}, KL {t.proxy:.3f}, at {t.ratio:.3f}x<br>"
         + "<br>".join(f"{task} {value:.2f}" for task, value in t.by_task.items())
         + f"<br>{describe(t.plan)}"
         for t in members

@@ -30,12 +30,13 @@ from btp.budget import fit_flops
 from btp.cost import image_token_flops
 from btp.plan import Plan
 
-__all__ = ["CONTROLS", "DENSE", "PUBLISHED", "Search", "summary", "title"]
+__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "summary", "title"]
 
 DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
 PUBLISHED = tuple(name for name in presets.SYSTEMS if name not in ("dense", "btp_released", *CONTROLS))
 """Tried at the limit beside the hand-set plan, which is the released code's."""
+LEARNED = "learned by gradient"
 SPREAD_PROBES, LIMIT_PROBES = 9, 6  # plans measured to model the latency: all over the range, then at the limit
 FASTEST_PROBE, SLOWEST_PROBE = 0.2, 0.9  # of dense's multiplications
 SHARE_OF_SEEDS = 0.5  # of the trials, at most, go to plans that were not drawn
@@ -53,7 +54,10 @@ class Search:
         self._race = Race([e.task for e in bench.splits["select"]])
 
     def run(self, limit: float, known: Mapping[str, Plan]) -> None:
-        """Finish the study's number of trials; `known`: plans to try beside the published ones, by name."""
+        """Finish the study's number of trials; `known`: plans to try beside the published ones, by name.
+
+        Those that the latency model takes to be over the limit are shrunk until they are not.
+        """
         if "limit" not in self._study.notes:
             self._begin(limit)
         for name, plan in self._seeds(known).items():
@@ -135,9 +139,23 @@ class Search:
             **{name: control(scaled) for name, control in CONTROLS.items()},
             "hand-set, calibrated layers": self.at_limit(presets.btp_released(self._num_layers, layers=layers)),
         }
-        room = int(SHARE_OF_SEEDS * self._config.num_trials) - len(found)
-        others = {**known, **{title(name): self.at_limit(self._system(name)) for name in PUBLISHED}}
-        return {**found, **dict(list(others.items())[: max(room, 0)])}
+        if self._config.learn:
+            found[LEARNED] = self._learned(scaled)
+        room = max(0, int(SHARE_OF_SEEDS * self._config.num_trials) - len(found))
+        others = {name: self._within(plan) for name, plan in known.items()}
+        others |= {title(name): self.at_limit(self._system(name)) for name in PUBLISHED[: max(0, room - len(others))]}
+        return {**found, **dict(list(others.items())[:room])}
+
+    def _learned(self, like: Plan) -> Plan:
+        """Learned at the FLOPs of a plan that is at the limit, then brought to the limit itself."""
+        num_text_tokens = self._bench.key.prompt_tokens - self._num_image_tokens
+        flops = LatencyModel.from_flops(self._decoder, self._num_image_tokens, num_text_tokens)
+        found = self._bench.learned(round(flops.ratio(like), 3), self._say)
+        return self.latency.solve(rescale(found), self.limit)
+
+    def _within(self, plan: Plan) -> Plan:
+        fits = self.latency.ratio(plan) <= self.limit / (1 + self.latency.error.margin)
+        return plan if fits else self.latency.solve(rescale(plan), self.limit)
 
     def _system(self, name: str) -> Plan:
         """A published system's own plan for this model, with the layers that its own calibration finds."""
