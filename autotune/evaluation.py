@@ -7,7 +7,7 @@ import signal
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +60,8 @@ class Evaluator:
     one are answered prompt by prompt, without kept prefixes.
 
     steps: where a call may start and stop; no batch reaches over one. prefix_bytes: memory for kept prefixes; None for
-    a share of what is free.
+    a share of what is free. expected: (task, answer) of all examples where these are but some of them; the longest
+    answer of a task says how long an answer may become.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Evaluator:
         examples: Sequence[Example],
         steps: Sequence[int] = (),
         prefix_bytes: int | None = None,
+        expected: Collection[tuple[str, str]] = (),
     ) -> None:
         self._model, self._processor, self.examples = model, processor, tuple(examples)
         self._steps = _all_steps(steps, len(self.examples))
         self._prompts = Prompts(model, processor, self.examples)
-        self._answers = DenseAnswers(model, self._prompts.guesses, _limits(processor, self.examples))
+        self._answers = DenseAnswers(model, self._prompts.guesses, _limits(processor, self.examples, expected))
         self.decodes_because = self._answers.decodes_because
         self._batches = cache(self._make_batches)
         for segment in pairwise(self._steps):
@@ -140,12 +142,12 @@ class Evaluator:
         )
 
 
-def _limits(processor: Any, examples: Sequence[Example]) -> list[int]:
+def _limits(processor: Any, examples: Sequence[Example], expected: Collection[tuple[str, str]]) -> list[int]:
     """The most new tokens of each answer, by the longest expected one of its task."""
     longest: dict[str, int] = {}
-    for e in examples:
-        num_tokens = len(processor.tokenizer.encode(e.answer, add_special_tokens=False))
-        longest[e.task] = max(longest.get(e.task, 0), num_tokens)
+    for task, answer in {*expected, *((e.task, e.answer) for e in examples)}:
+        num_tokens = len(processor.tokenizer.encode(answer, add_special_tokens=False))
+        longest[task] = max(longest.get(task, 0), num_tokens)
     return [longest[e.task] + NUM_SPARE_TOKENS for e in examples]
 
 
@@ -185,13 +187,14 @@ class EvaluatorPool:
         prefix_bytes = int(MEMORY_SHARE * free_bytes("cpu")) // (num_workers * len(splits))
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
+        expected = {name: frozenset((e.task, e.answer) for e in examples) for name, examples in splits.items()}
         for worker in range(num_workers):
             ours, theirs = context.Pipe()
             own = {}
             for name, examples in splits.items():
                 shard = self._shards[name][worker]
                 own_steps = [bisect_left(shard, step) for step in self._steps[name]]
-                own[name] = _Shard([examples[i] for i in shard], own_steps, prefix_bytes)
+                own[name] = _Shard([examples[i] for i in shard], own_steps, prefix_bytes, expected[name])
             context.Process(target=_serve, args=(theirs, source, own), daemon=True).start()
             theirs.close()
             self._pipes.append(ours)
@@ -224,9 +227,10 @@ class _Shard:
     examples: list[Example]
     steps: list[int]
     prefix_bytes: int
+    expected: frozenset[tuple[str, str]]
 
     def evaluator(self, model: Any, processor: Any) -> Evaluator:
-        return Evaluator(model, processor, self.examples, self.steps, self.prefix_bytes)
+        return Evaluator(model, processor, self.examples, self.steps, self.prefix_bytes, self.expected)
 
 
 def _shards(examples: Sequence[Example], num_workers: int) -> list[list[int]]:

@@ -298,3 +298,17 @@ def test_conditional_plans_keep_no_prefix(
     sure = replace(plan, stages=(Stage(layer=4, keep=0.0),))
     assert own(plan).answers == evaluator(sure).answers[:4]
     assert own.prefixes.num_held == 0
+
+
+def test_a_shard_lets_answers_become_as_long_as_the_whole_split_does(
+    loaded: tuple[Any, Any], examples: list[Example]
+) -> None:
+    caption = next(e for e in examples if e.task == "caption")
+    short, plan = [replace(caption, answer="red")], PLANS["btp_released"]
+    alone, shard = (
+        Evaluator(*loaded, short)(plan),
+        Evaluator(*loaded, short, expected={("caption", caption.answer)})(plan),
+    )
+    whole = Evaluator(*loaded, [caption])(plan)
+    assert shard.answers == whole.answers
+    assert alone.answers != whole.answers
