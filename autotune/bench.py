@@ -111,6 +111,7 @@ def learn_file(
     kept = max(1, round_half_up(fraction * num_tokens))
     budget = flops_of(anatomy.decoder, num_tokens)((kept,) * anatomy.decoder.num_layers)
     found = learn(loaded, processor, examples, budget, say=say, **settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
     found.plan.save(path)
     return found
 

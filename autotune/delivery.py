@@ -87,7 +87,10 @@ class Outcome:
     def lines(self) -> list[str]:
         """What is to be said below the table."""
         lines = [
-            f"racing saved {self.search['saved_by_racing']:.0%} of the answers; {self.search['steering']}",
+            "{num_stopped} of {num_tried} plans stopped early, which saved {saved:.0%} of the answers".format(
+                **self.search
+            ),
+            self.search["steering"],
             "latency model, error on plans it was not fitted to: median {median:.1%}, worst {worst:.1%}\n".format(
                 **self.search["latency_model_error"]
             ),
@@ -155,8 +158,8 @@ def deliver(
     profile.check_fits(bench.anatomy.identity)
     again = bench.scores_anew(profile.plan, "select")
     say("measuring in a fresh process")
-    fresh, met = fresh_ratio(config, pulled)
-    reproduced = bench.table("select").by_task(again.scores) == dict(champion.by_task)
+    fresh, met, _ = fresh_ratio(config, pulled)
+    reproduced = again.scores == bench.scores(champion.plan, "select").scores
     if met and reproduced and profile.certified:
         version = registry.promote(version)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
@@ -242,8 +245,11 @@ def _register(config: JobConfig, bench: Bench, study: Study, registry: Registry,
     )
 
 
-def fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool]:
-    """The ratio of a profile or plan in a process of its own, by the command a user would type, and its verdict."""
+def fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool, float]:
+    """The ratio of a profile or plan in a process of its own, by the command a user would type, and its verdict.
+
+    Third, the limit as a ratio to how fast dense was there.
+    """
     command = [sys.executable, "-m", "autotune.cli", "measure", str(profile), "--model", config.model, "--json"]
     command += ["--limit", str(config.limit), "--repeats", str(3 * config.repeats)]
     command += ["--threads", str(config.threads), "--device", config.device]
@@ -253,4 +259,4 @@ def fresh_ratio(config: JobConfig, profile: Path) -> tuple[Interval, bool]:
     if not done.stdout:
         raise AutotuneError(f"measuring {profile} in a fresh process must succeed, got: {done.stderr.strip()}")
     found = json.loads(done.stdout)
-    return Interval(**found["ratio"]), bool(found["met"])
+    return Interval(**found["ratio"]), bool(found["met"]), config.limit.ratio(found["dense_ms"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 from scipy import stats
@@ -61,7 +62,7 @@ class Told:
     samples have no labels. proxy, nll: mean KL divergence to dense and negative log-likelihood, nats a token of dense's
     answer. by_task: accuracies, empty without labels. worst_task: the smallest share of its dense accuracy that a task
     keeps. Ratios are latency to dense, `ratio_high` the upper confidence bound; modelled unless `measured`. guard: the
-    least worst_task that is allowed, None for any.
+    least worst_task that is allowed, None for any. looks: number of samples, score and proxy after each look.
     """
 
     number: int
@@ -81,12 +82,18 @@ class Told:
     limit: float
     guard: float | None = None
     complete: bool = True
+    looks: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def over(self) -> float:
-        """The one constraint, feasible at 0 and below: by what share the limit, or else the guard, is missed."""
+        """The one constraint, feasible at 0 and below: by what share the limit, or else the guard, is missed.
+
+        The guard is for complete trials: the worst task of a few samples is mostly chance.
+        """
         late = (self.ratio_high - self.limit) / self.limit
-        return late if self.guard is None else max(late, (self.guard - self.worst_task) / self.guard)
+        if self.guard is None or not self.complete:
+            return late
+        return max(late, (self.guard - self.worst_task) / self.guard)
 
     @property
     def feasible(self) -> bool:
@@ -116,17 +123,40 @@ def rivals(told: Iterable[Told], ratio: float) -> list[Told]:
     return [member for member in front(told) if member.ratio <= ratio]
 
 
+Objective = Literal["proxy", "score"]
+
+
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """Which objective the search minimises, and why. correlation: None where it could not be found."""
+    """Which objective the search minimises, and why. correlation: None where it could not be found.
 
-    by: Literal["proxy", "score"]
+    shifts: by number of samples, what the complete trials' losses came to in the end, less what they were there. The
+    first samples may be easier than all of them; without it, a trial that was stopped there would look better than it
+    is.
+    """
+
+    by: Objective
     correlation: float | None
     reason: str
+    shifts: Mapping[int, float] = field(default_factory=dict)
 
     def loss(self, told: Told) -> float:
         """What the sampler minimises: log KL, which spreads good plans as wide as bad ones, or one minus the score."""
-        return math.log(max(told.proxy, LEAST_KL)) if self.by == "proxy" else 1 - told.score
+        shift = 0.0 if told.complete else self.shifts.get(told.num_samples, 0.0)
+        return _loss(self.by, told.score, told.proxy) + shift
+
+
+def _loss(by: Objective, score: float, proxy: float) -> float:
+    return math.log(max(proxy, LEAST_KL)) if by == "proxy" else 1 - score
+
+
+def _shifts(by: Objective, told: Iterable[Told]) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for t in told:
+        for num_samples, score, proxy in t.looks if t.complete else ():
+            shift = _loss(by, t.score, t.proxy) - _loss(by, score, proxy)
+            found.setdefault(num_samples, []).append(shift)
+    return {num_samples: median(shifts) for num_samples, shifts in found.items()}
 
 
 def steering(told: Sequence[Told], threshold: float = MIN_CORRELATION) -> Steering:
@@ -136,20 +166,23 @@ def steering(told: Sequence[Told], threshold: float = MIN_CORRELATION) -> Steeri
     have both on all samples, it must rank them as the score does (Spearman), or else the score takes over. Worked out
     anew from all trials, so that a resumed study steers as an unbroken one.
     """
+    by, correlation, reason = _chosen(told, threshold)
+    return Steering(by, correlation, reason, _shifts(by, told))
+
+
+def _chosen(told: Sequence[Told], threshold: float) -> tuple[Objective, float | None, str]:
     labelled = [t for t in told if t.complete and t.by_task]
     if not labelled and any(t.complete for t in told):
-        return Steering("proxy", None, "the samples have no labels, so the KL divergence to dense steers")
+        return ("proxy", None, "the samples have no labels, so the KL divergence to dense steers")
     if len(labelled) < MIN_TRIALS_TO_TRUST:
         reason = f"{len(labelled)} complete trials are too few to doubt the KL divergence to dense, so it steers"
-        return Steering(
-            "proxy", None, f"{reason}; from {MIN_TRIALS_TO_TRUST} on its ranks are held against the score's"
-        )
+        return ("proxy", None, f"{reason}; from {MIN_TRIALS_TO_TRUST} on its ranks are held against the score's")
     if len({t.score for t in labelled}) == 1:
-        return Steering("proxy", None, f"all {len(labelled)} complete trials score alike, so the KL divergence steers")
+        return ("proxy", None, f"all {len(labelled)} complete trials score alike, so the KL divergence steers")
     if len({t.proxy for t in labelled}) == 1:
-        return Steering("score", None, f"all {len(labelled)} complete trials are as near to dense, so the score steers")
+        return ("score", None, f"all {len(labelled)} complete trials are as near to dense, so the score steers")
     found = float(stats.spearmanr([-t.proxy for t in labelled], [t.score for t in labelled]).statistic)
     figures = f"over {len(labelled)} complete trials nearness to dense and score correlate at {found:.2f} by rank"
     if found >= threshold:
-        return Steering("proxy", found, f"{figures}, at least {threshold:g}, so the KL divergence to dense steers")
-    return Steering("score", found, f"{figures}, below {threshold:g}, so the task score steers")
+        return ("proxy", found, f"{figures}, at least {threshold:g}, so the KL divergence to dense steers")
+    return ("score", found, f"{figures}, below {threshold:g}, so the task score steers")

@@ -22,6 +22,8 @@ from autotune.continuation import Continuation
 
 __all__ = ["DenseAnswers", "Outcome", "divergences"]
 
+MOST_NATS = 50.0  # no token that a float32 softmax knows of is less likely than exp(-104)
+
 DEVICE_BYTES = 2**29  # of dense logits beside the model; what is more lies in the host's memory
 
 
@@ -103,15 +105,19 @@ def divergences(
 ) -> tuple[list[float], list[float]]:
     """Mean over an answer's places of KL(dense || pruned) in nats, and of -log p of its tokens under `pruned`.
 
-    dense, pruned: the logits, (T, V) an answer.
+    dense, pruned: the logits, (T, V) an answer. Where they are not finite, or rule out what dense would say, both are
+    `MOST_NATS` and no more.
     """
     pruned_PV = torch.cat(list(pruned)).float().log_softmax(dim=1)
     dense_PV = torch.cat([logits_TV.to(pruned_PV.device) for logits_TV in dense]).float().log_softmax(dim=1)
     token_P1 = torch.tensor([token for answer in tokens for token in answer], device=pruned_PV.device).unsqueeze(1)
-    kl_P = (dense_PV.exp() * (dense_PV - pruned_PV)).sum(dim=1)
+    gap_PV = torch.where(dense_PV > -torch.inf, dense_PV - pruned_PV, 0.0)  # what dense rules out does not count
+    kl_P = (dense_PV.exp() * gap_PV).sum(dim=1)
     nll_P = -pruned_PV.gather(1, token_P1).squeeze(1)
     parts = torch.stack((kl_P, nll_P)).cpu().split([len(answer) for answer in tokens], dim=1)
-    kl, nll = torch.stack([part.mean(dim=1) for part in parts]).clamp(min=0.0).T.tolist()  # below is rounding alone
+    kl, nll = (
+        torch.stack([part.mean(dim=1) for part in parts]).nan_to_num(nan=MOST_NATS).clamp(0.0, MOST_NATS).T.tolist()
+    )
     return kl, nll
 
 

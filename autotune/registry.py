@@ -13,6 +13,7 @@ This is the only file that imports MLflow, and it does so when a registry is fir
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -46,6 +47,8 @@ __all__ = ["Known", "Registry", "RegistryError", "Version"]
 IDENTITY = "model_identity"
 SHA256 = "sha256"
 SQLITE = "sqlite:///"
+
+logger = logging.getLogger(__name__)
 
 # Read by MLflow when it is imported, which happens below and later. A value the user has set stays.
 MLFLOW_SETTINGS = {
@@ -151,15 +154,25 @@ class Registry:
         """The newest `num` profiles of models of this identity, of any device and name, newest first, without aliases.
 
         Whether their accuracy holds is for the caller to tell, by `data_digests` and `model_digest`. A registry that
-        is not there yet knows none. Raises RegistryError where one of them was changed after it was registered.
+        is not there yet knows none. One that cannot be read, or was changed since, is left out with a warning: nobody
+        should be kept from tuning by it.
         """
         if self._database is not None and not self._database.exists():
             return []
         with self._reported("look for profiles of the same model"):
             found = self._search(f"tags.{IDENTITY} = '{identity_of(identity)}'")
             newest = sorted(found, key=lambda item: (item.creation_timestamp, int(item.version)), reverse=True)
-            versions = [_version(item, ()) for item in newest[:num]]
-            return [Known(version, self._profile(version)) for version in versions]
+        known: list[Known] = []
+        for item in newest:
+            version = _version(item, ())
+            try:
+                with self._reported(f"read {version.uri}"):
+                    known.append(Known(version, self._profile(version)))
+            except (OSError, RegistryError) as error:
+                logger.warning("left out: %s", error)
+            if len(known) == num:
+                break
+        return known
 
     def pull(self, name: str, alias: str, destination: Path) -> Path:
         """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).

@@ -21,13 +21,14 @@ from autotune.config import JobConfig
 from autotune.evaluation import Scores
 from autotune.latency_model import CPU_TILES, TILES, LatencyModel
 from autotune.objective import Told, rivals, steering
-from autotune.racing import Race
+from autotune.racing import ERROR_RATE, Race
 from autotune.realised import realised_key
+from autotune.schedule import flops_of
 from autotune.space import Draw, SearchSpace, rescale
 from autotune.study import Study
 from btp import presets
 from btp.budget import fit_flops
-from btp.cost import image_token_flops
+from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan
 
 __all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "summary", "title"]
@@ -39,7 +40,8 @@ PUBLISHED = tuple(name for name in presets.SYSTEMS if name not in ("dense", "btp
 LEARNED = "learned by gradient"
 SPREAD_PROBES, LIMIT_PROBES = 9, 6  # plans measured to model the latency: all over the range, then at the limit
 FASTEST_PROBE, SLOWEST_PROBE = 0.2, 0.9  # of dense's multiplications
-SHARE_OF_SEEDS = 0.5  # of the trials, at most, go to plans that were not drawn
+SHARE_OF_SEEDS = 0.5  # of the trials
+MOST_TO_LEARN = 0.95  # of dense's FLOPs
 
 
 class Search:
@@ -51,25 +53,27 @@ class Search:
         self._config, self._bench, self._study, self._space, self._say = config, bench, study, space, say
         self._decoder, self._num_image_tokens = bench.anatomy.decoder, bench.key.image_tokens
         self._num_layers = self._decoder.num_layers
-        self._race = Race([e.task for e in bench.splits["select"]])
+        # Half the error before a trial is measured and half after it, for its rivals are others then.
+        self._race = Race([e.task for e in bench.splits["select"]], ERROR_RATE / 2)
 
     def run(self, limit: float, known: Mapping[str, Plan]) -> None:
-        """Finish the study's number of trials; `known`: plans to try beside the published ones, by name.
+        """Finish the study's number of trials, and every fixed plan however many there are.
 
-        Those that the latency model takes to be over the limit are shrunk until they are not.
+        known: plans that the registry has of this model, by name; those of the study's beginning are tried.
         """
         if "limit" not in self._study.notes:
+            self._study.note("known", {name: plan.to_dict() for name, plan in known.items()})
             self._begin(limit)
-        for name, plan in self._seeds(known).items():
+        for name, plan in self._seeds().items():
             self._study.enqueue(name, plan)
         self._say("answering `select` with dense")
         self._bench.scores(DENSE, "select")
-        while self._study.num_done < self._config.num_trials:
+        while self._study.num_done < self._config.num_trials or self._study.has_fixed_plans:
             number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
             plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
             key = self._key(plan)
             same = self._study.same_as(key)
-            told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name, plan=plan)
+            told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name)
             self._study.tell(replace(told, draw=draw), key)
             self._say("searching")
         self._study.note("steering", steering(self._study.told()).reason)
@@ -128,8 +132,12 @@ class Search:
         self._study.note("withdrawal_layer", self._bench.withdrawal_layer())
         self._study.note("limit", limit)
 
-    def _seeds(self, known: Mapping[str, Plan]) -> dict[str, Plan]:
-        """What every study tries before it draws: the hand-set plan with its controls, what is known, the published."""
+    def _seeds(self) -> dict[str, Plan]:
+        """What is tried before anything is drawn: the hand-set plan with its controls, the published, the registered.
+
+        These take `SHARE_OF_SEEDS` of the trials at most. The user's own plans and the learned one come as well,
+        however many trials there are. Those that are over the limit by the latency model are shrunk until they are not.
+        """
         layers = tuple(self._study.notes["calibrated_layers"])
         hand_set = presets.btp_released(self._num_layers)
         scaled = self.latency.solve(rescale(hand_set), self.limit)
@@ -139,18 +147,18 @@ class Search:
             **{name: control(scaled) for name, control in CONTROLS.items()},
             "hand-set, calibrated layers": self.at_limit(presets.btp_released(self._num_layers, layers=layers)),
         }
-        if self._config.learn:
-            found[LEARNED] = self._learned(scaled)
         room = max(0, int(SHARE_OF_SEEDS * self._config.num_trials) - len(found))
-        others = {name: self._within(plan) for name, plan in known.items()}
-        others |= {title(name): self.at_limit(self._system(name)) for name in PUBLISHED[: max(0, room - len(others))]}
-        return {**found, **dict(list(others.items())[:room])}
+        found |= {title(name): self.at_limit(self._system(name)) for name in PUBLISHED[:room]}
+        known = list(self._study.notes["known"].items())[: max(0, room - len(PUBLISHED))]
+        found |= {name: self._within(Plan.from_dict(plan)) for name, plan in known}
+        found |= {f"plan {path.stem}": self._within(Plan.load(path)) for path in self._config.plans}
+        return found | ({LEARNED: self._learned(scaled)} if self._config.learn else {})
 
     def _learned(self, like: Plan) -> Plan:
-        """Learned at the FLOPs of a plan that is at the limit, then brought to the limit itself."""
-        num_text_tokens = self._bench.key.prompt_tokens - self._num_image_tokens
-        flops = LatencyModel.from_flops(self._decoder, self._num_image_tokens, num_text_tokens)
-        found = self._bench.learned(round(flops.ratio(like), 3), self._say)
+        """Learned at the image tokens' FLOPs of a plan that is at the limit, then brought to the limit itself."""
+        counts = tokens_per_layer(like, self._num_layers, self._num_image_tokens)
+        share = flops_of(self._decoder, self._num_image_tokens)(counts)
+        found = self._bench.learned(min(round(share, 3), MOST_TO_LEARN), self._say)
         return self.latency.solve(rescale(found), self.limit)
 
     def _within(self, plan: Plan) -> Plan:
@@ -166,14 +174,22 @@ class Search:
         }
         return calibrated.get(name, lambda: presets.SYSTEMS[name].plan(self._num_layers))()
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """How many image tokens the prompts of `select` have."""
+        return sorted({counts[0] for counts, _ in self._bench.scores(DENSE, "select").realised})
+
     def _key(self, plan: Plan) -> str:
-        return realised_key(plan, self._num_layers, self._num_image_tokens)
+        """Equal where plans keep the same tokens of every prompt."""
+        return "; ".join(realised_key(plan, self._num_layers, size) for size in self._sizes)
 
     def _same(self, draw: Draw) -> Told | None:
         return self._study.same_as(self._key(self._decoded(draw)))
 
     def _draw_of(self, plan: Plan) -> Draw | None:
         budget = self.latency.ratio(plan) * (1 + self.latency.error.margin) / self.limit
+        if budget > 1 + 1e-6:  # as a draw it would be a smaller plan
+            return None
         return self._space.draw_of(plan, self._num_layers, self._num_image_tokens, min(budget, 1.0))
 
     def _decoded(self, draw: Draw) -> Plan:
@@ -183,29 +199,34 @@ class Search:
     def _try(self, number: int, name: str, plan: Plan) -> Told:
         """Score the plan look by look, and measure it if the first look does not end it."""
         modelled = self.latency.ratio(plan)
-        ratio, fastest, measured = Interval(modelled, modelled, modelled), modelled / self._may_err, False
+        ratio, measured = Interval(modelled, modelled, modelled), False
+        fastest = modelled * (1 - self.latency.error.worst)
+        looks: list[tuple[int, float, float]] = []
         for scores in self._bench.running_scores(plan, "select"):
-            complete = len(scores.scores) == self._bench.looks[-1]
-            told = self._told(number, name, plan, scores, ratio, measured)
-            if self._is_dominated(scores, fastest) and not complete:
-                return told
-            if not measured:
+            told = self._told(number, name, plan, scores)
+            looks.append((told.num_samples, told.score, told.proxy))
+            surely_beaten = self._is_dominated(scores, fastest)
+            if not measured and (told.complete or not surely_beaten):
                 ratio, measured = self._bench.ratio(plan)[0], True
                 fastest = ratio.value
-                told = self._told(number, name, plan, scores, ratio, measured)
-                if ratio.low > self.limit and not complete:
-                    return told
+            told = replace(
+                told,
+                looks=tuple(looks),
+                measured=measured,
+                ratio=ratio.value,
+                ratio_low=ratio.low,
+                ratio_high=ratio.high,
+            )
+            if surely_beaten or ratio.low > self.limit:
+                break
         return told
-
-    @property
-    def _may_err(self) -> float:
-        return 1 + self.latency.error.worst
 
     def _is_dominated(self, scores: Scores, ratio: float) -> bool:
         members = [self._bench.scores(t.plan, "select").scores for t in rivals(self._study.told(), ratio)]
         return self._race.is_dominated(scores.scores, members)
 
-    def _told(self, number: int, name: str, plan: Plan, scores: Scores, ratio: Interval, measured: bool) -> Told:
+    def _told(self, number: int, name: str, plan: Plan, scores: Scores) -> Told:
+        """What the samples so far say; nothing of latency yet."""
         num_samples = len(scores.scores)
         by_task = self._by_task(scores.scores)
         dense = self._by_task(self._bench.scores(DENSE, "select").scores[:num_samples])
@@ -220,10 +241,10 @@ class Search:
             nll=float(np.mean(scores.nll)),
             by_task=by_task,
             worst_task=min(kept, default=1.0),
-            ratio=ratio.value,
-            ratio_low=ratio.low,
-            ratio_high=ratio.high,
-            measured=measured,
+            ratio=math.nan,
+            ratio_low=math.nan,
+            ratio_high=math.nan,
+            measured=False,
             limit=self.limit,
             guard=self._config.guard,
             complete=num_samples == self._bench.looks[-1],
@@ -243,14 +264,16 @@ def title(system: str) -> str:
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """How the search went, as plain data: what steered it, what racing saved, how well latency was known."""
-    told = study.told()
-    error = study.notes["latency"]["error"]
-    evaluated = sum(t.num_samples for t in told)
-    full = max((t.num_samples for t in told), default=0) * len(told)
+    """How the search went, as plain data: what steered it, what stopping saved, how well latency was known.
+
+    saved: the share of the answers to `select` that trials did not have to give, plans tried twice counted once.
+    """
+    tried = {t.plan: t for t in study.told()}.values()
+    full = max((t.num_samples for t in tried), default=0) * len(tried)
     return {
         "steering": study.notes.get("steering", ""),
-        "evaluated_samples": evaluated,
-        "saved_by_racing": 1 - evaluated / full if full else 0.0,
-        "latency_model_error": error,
+        "saved": 1 - sum(t.num_samples for t in tried) / full if full else 0.0,
+        "num_stopped": sum(not t.complete for t in tried),
+        "num_tried": len(tried),
+        "latency_model_error": study.notes["latency"]["error"],
     }

@@ -22,9 +22,7 @@ from btp.plan import Plan
 
 __all__ = ["Study"]
 
-FIXED_KEYS = ("fixed_name", "fixed_plan")
 MAX_REPEATS = 8  # draws that came to nothing new, before one of them is tried after all
-RETRY_OF = "retry_of"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -47,10 +45,8 @@ class Study:
             load_if_exists=True,
             sampler=RandomSampler(),  # draws nothing: every ask brings its own
         )
-        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
-            self._study.tell(trial.number, state=TrialState.FAIL)
-            kept = {key: trial.user_attrs[key] for key in FIXED_KEYS if key in trial.user_attrs}
-            self._study.enqueue_trial(trial.params, user_attrs={**kept, RETRY_OF: _first_number(trial)})
+        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):  # it keeps its number, and its turn
+            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     @property
     def name(self) -> str:
@@ -67,6 +63,12 @@ class Study:
         """Make a fixed plan a trial, once however often the study is resumed."""
         if all(trial.user_attrs.get("fixed_name") != name for trial in self._study.trials):
             self._study.enqueue_trial({}, user_attrs={"fixed_name": name, "fixed_plan": plan.to_json()})
+
+    @property
+    def has_fixed_plans(self) -> bool:
+        """Whether fixed plans wait to be tried."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return any("fixed_plan" in trial.user_attrs for trial in waiting)
 
     @property
     def num_done(self) -> int:
@@ -120,7 +122,7 @@ class Study:
         return optuna.Trial(self._study, identity)
 
     def told(self) -> list[Told]:
-        """Every finished trial, stopped ones included, in the order in which they were first asked for."""
+        """Every finished trial, stopped ones included, oldest first."""
         return [_told(trial) for trial in self._finished()]
 
     def same_as(self, key: str) -> Told | None:
@@ -129,7 +131,7 @@ class Study:
         return min(same, key=lambda told: not told.complete, default=None)
 
     def _finished(self) -> list[FrozenTrial]:
-        return sorted(self._study.get_trials(deepcopy=False, states=FINISHED), key=_first_number)
+        return self._study.get_trials(deepcopy=False, states=FINISHED)
 
     @staticmethod
     def forget(storage: Path, name: str) -> None:
@@ -147,7 +149,8 @@ class _HandsOut(BaseSampler):
         self._settings, self._draw = settings, draw
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._settings
+        drawn = "fixed_plan" in trial.user_attrs or len(trial.params) == len(self._settings)
+        return {} if drawn else self._settings
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -158,11 +161,6 @@ class _HandsOut(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         raise KeyError(f"every setting must be drawn at once, got {param_name!r} by itself; ask with the same ranges")
-
-
-def _first_number(trial: FrozenTrial) -> int:
-    """The number under which it was first asked for, before any kill."""
-    return int(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def _recorded(trial: optuna.Trial, name: str, setting: Range) -> int | float | str | bool:
@@ -178,4 +176,5 @@ def _recorded(trial: optuna.Trial, name: str, setting: Range) -> int | float | s
 
 def _told(trial: FrozenTrial) -> Told:
     record = trial.user_attrs["told"]
-    return Told(**{**record, "plan": Plan.from_dict(record["plan"])})
+    looks = tuple((num_samples, score, proxy) for num_samples, score, proxy in record["looks"])
+    return Told(**{**record, "plan": Plan.from_dict(record["plan"]), "looks": looks})

@@ -186,7 +186,7 @@ class _Run:
 
         (B, K) and (B, N). The first pick's distance is that to the nearest other token, as the selector has it.
         """
-        bonus_BA = 2 * weight / (1 - weight) * merit_BN.gather(1, self._alive_BA).float()
+        bonus_BA = 2 * weight / max(1 - weight, 1e-9) * merit_BN.gather(1, self._alive_BA).float()
         alive_BAD = ops.take_rows(hidden_BND, self._alive_BA)
         order_BK = ops.farthest_first(alive_BAD, num_keep, bonus_BN=bonus_BA)
         picks_BK = self._alive_BA.gather(1, order_BK)

@@ -1,5 +1,7 @@
 """What a trial is judged by: one constraint, one front, one objective that steers."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -140,3 +142,18 @@ def test_the_loss_falls_as_trials_get_better():
         better, worse = told(score=0.9, proxy=0.1), told(score=0.8, proxy=0.2)
         assert steered.loss(better) < steered.loss(worse)
         assert np.isfinite(steered.loss(told(proxy=0.0)))
+
+
+def test_a_trial_that_was_stopped_is_judged_as_if_all_samples_were_as_hard_as_the_complete_ones_found_them():
+    easy_start = tuple((32, 0.9, 0.05) for _ in range(1))
+    complete = [told(number, 0.8, 0.5, proxy=0.1, looks=(*easy_start, (288, 0.8, 0.1))) for number in range(3)]
+    stopped = told(9, 0.9, 0.5, proxy=0.06, complete=False, num_samples=32, looks=((32, 0.9, 0.06),))
+    steers = steering([*complete, stopped])
+    assert steers.by == "proxy"
+    assert steers.loss(stopped) == pytest.approx(math.log(0.06 * 2))
+    assert steers.loss(stopped) > steers.loss(complete[0])
+
+
+def test_a_guard_says_nothing_of_a_trial_that_was_stopped():
+    few = told(1, 0.8, 0.5, guard=0.95, worst_task=0.5, complete=False, num_samples=32)
+    assert few.over == pytest.approx((few.ratio_high - few.limit) / few.limit)

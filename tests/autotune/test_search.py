@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ GOOD = {"max_sum": 1.0, "diversity": 0.9, "k_center": 0.9, "joint": 0.6, "balanc
 
 
 TOO_SLOW = Plan(stages=(Stage(layer=6, keep=0.5),))
+KNOWN = Plan(stages=(Stage(layer=0, keep=0.3, selector="max_sum"), Stage(layer=4, keep=0.1, selector="max_sum")))
 
 
 class FakeBench:
@@ -81,7 +83,8 @@ class FakeBench:
         ability = self.ability(plan)
         for stop in self.looks:
             right = tuple((self._difficulty[:stop] < ability).astype(float).tolist())
-            yield Scores(("",) * stop, right, (), (1 - ability,) * stop, (1 - ability,) * stop)
+            realised = (((NUM_IMAGE_TOKENS,) * NUM_LAYERS, stop),)
+            yield Scores(("",) * stop, right, realised, (1 - ability,) * stop, (1 - ability,) * stop)
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         return tuple(range(1, num_stages + 1))
@@ -110,9 +113,10 @@ def config(out: Path, num_trials: int, guard: float | None = None) -> JobConfig:
 
 def searched(out: Path, bench: FakeBench, num_trials: int, **changes: Any) -> Study:
     study = Study(out / "study.db", "fake", 0)
+    study.enqueue("too slow", TOO_SLOW)
     fake: Any = bench
     space = SearchSpace.load(SPACE)
-    Search(config(out, num_trials, **changes), fake, study, space, lambda _: None).run(LIMIT, {"too slow": TOO_SLOW})
+    Search(config(out, num_trials, **changes), fake, study, space, lambda _: None).run(LIMIT, {"registered": KNOWN})
     return study
 
 
@@ -147,7 +151,8 @@ def test_racing_keeps_the_front_that_there_would_be_without_it(finished: tuple[S
     study, bench = finished
     told = study.told()
     assert any(not t.complete for t in told)
-    assert summary(study)["saved_by_racing"] > 0.1
+    assert summary(study)["saved"] > 0.1
+    assert summary(study)["num_stopped"] == sum(not t.complete for t in told)
     for t in told:
         if not t.complete and bench.ratio(t.plan)[0].high <= LIMIT:
             score = np.mean(bench.scores(t.plan, "select").scores)
@@ -161,6 +166,7 @@ def test_no_realised_plan_is_evaluated_or_measured_twice(finished: tuple[Study, 
     assert max(evaluated.values()) <= len(bench.looks)
     probes = {key(Plan.from_dict(probe["plan"])) for probe in study.notes["probes"]}
     assert all(count == 1 for plan, count in measured.items() if plan not in probes)
+    assert len({t.plan for t in study.told()}) == len({key(t.plan) for t in study.told()})
 
 
 def test_slow_plans_are_stopped_at_the_first_look(finished: tuple[Study, FakeBench]) -> None:
@@ -197,13 +203,49 @@ def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkey
         with pytest.raises(Stopped):
             searched(tmp_path / "broken", bench, 20)
     study = searched(tmp_path / "broken", bench, 20)
-    assert [t.plan for t in study.told()] == [t.plan for t in unbroken.told()]
+    assert study.told() == unbroken.told()
 
 
 def test_the_draws_decode_to_plans_that_use_the_limit(finished: tuple[Study, FakeBench]) -> None:
     drawn = [t.ratio for t in finished[0].told() if t.draw is not None and t.measured and t.name.startswith("trial")]
     assert np.median(drawn) > 0.8 * LIMIT
     assert sum(ratio <= LIMIT for ratio in drawn) >= 0.9 * len(drawn)
+
+
+def test_the_registered_come_after_the_published_and_only_as_far_as_there_is_room(
+    finished: tuple[Study, FakeBench], tmp_path: Path
+) -> None:
+    names = [t.name for t in finished[0].told()]
+    assert names.index("registered") == names.index(title(PUBLISHED[-1])) + 1
+    few = [t.name for t in searched(tmp_path, FakeBench(), 12).told()]
+    assert "registered" not in few
+    assert title(PUBLISHED[-1]) not in few
+
+
+def test_a_plan_of_ones_own_is_tried_however_few_trials_there_are_and_on_a_finished_study_too(tmp_path: Path) -> None:
+    bench: Any = FakeBench()
+    names: list[list[str]] = []
+    for own in ((), ("late.json",)):
+        for name in own:
+            KNOWN.save(tmp_path / name)
+        settings = replace(config(tmp_path, 7), plans=tuple(tmp_path / name for name in own))
+        study = Study(tmp_path / "study.db", "fake", 0)
+        Search(settings, bench, study, SearchSpace.load(SPACE), lambda _: None).run(LIMIT, {})
+        names.append([t.name for t in study.told()])
+    assert names[1] == [*names[0], "plan late"]
+
+
+def test_plans_that_keep_the_same_of_one_prompt_and_not_of_another_are_two(tmp_path: Path) -> None:
+    class TwoSizes(FakeBench):
+        def scores(self, plan: Plan, split: str) -> Scores:
+            return replace(super().scores(plan, split), realised=(((100,) * 8, 60), ((1000,) * 8, 60)))
+
+    bench: Any = TwoSizes()
+    study = Study(tmp_path / "study.db", "fake", 0)
+    search = Search(config(tmp_path, 7), bench, study, SearchSpace.load(SPACE), lambda _: None)
+    one, other = (Plan(stages=(Stage(layer=1, keep=keep),)) for keep in (0.3, 0.304))
+    assert realised_key(one, 8, 100) == realised_key(other, 8, 100)
+    assert search._key(one) != search._key(other)
 
 
 def test_published_systems_at_the_limit_keep_their_shape(finished: tuple[Study, FakeBench]) -> None:
