@@ -387,6 +387,30 @@ def test_profiles_of_the_same_model_are_found_on_any_device(registry: Registry, 
     assert registry.nearest(ModelIdentity(architecture="O'Hara", num_layers=1, hidden_size=1, num_image_tokens=1)) == []
 
 
+@pytest.mark.parametrize("damage", ["altered", "deleted"])
+def test_a_damaged_profile_is_left_out_of_what_is_known_and_named(
+    registry: Registry,
+    client: MlflowClient,
+    name: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
+) -> None:
+    sound, broken = (
+        register(
+            registry,
+            name,
+            save_profile(tmp_path / f"{number}.json", number, num_layers={"altered": 41, "deleted": 42}[damage]),
+        )
+        for number in range(2)
+    )
+    stored = artifact(client, broken)
+    stored.unlink() if damage == "deleted" else stored.write_text("{}")
+    found = registry.nearest(Profile.load(tmp_path / "0.json").model)
+    assert [known.version.version for known in found] == [sound.version]
+    assert broken.uri in caplog.text
+
+
 def test_a_registry_that_is_not_there_knows_no_profiles(tmp_path: Path) -> None:
     identity = ModelIdentity(architecture="Tiny", num_layers=4, hidden_size=8, num_image_tokens=16)
     assert Registry(f"sqlite:///{tmp_path}/none.db").nearest(identity) == []
