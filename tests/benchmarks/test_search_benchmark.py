@@ -100,7 +100,7 @@ def test_every_cell_has_the_plan_that_the_space_solves_it_to(table):
 
 def test_the_table_holds_every_plan_once_on_every_sample(table):
     num_plans = len(table.plans)
-    assert len(set(table.plans)) == num_plans > 500
+    assert len(set(table.plans)) == num_plans > 400
     assert table.plans[0] == Plan(stages=())
     assert table.cells.shape == (2592,)
     assert set(table.cells.tolist()) == set(range(1, num_plans))
@@ -140,7 +140,7 @@ def test_the_model_still_answers_as_recorded(table):
     evaluator = Evaluator(model, processor, examples[:32])
     for number in (0, 40, 250):
         found = evaluator(table.plans[number])
-        assert np.mean(np.array(found.scores) != table.scores[number, :32].round(3)) <= 1 / 32
+        assert np.mean(np.abs(np.array(found.scores) - table.scores[number, :32]) > 1e-3) <= 1 / 32
         assert np.array(found.kl) == pytest.approx(table.kl[number, :32], abs=2e-3, rel=2e-2)
 
 
