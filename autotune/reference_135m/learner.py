@@ -1,11 +1,12 @@
 """What the training stages share: the model with adapters, and its losses on patches and on questions.
 
-Shapes: B pictures, Q questions of length L after a prefix of P tokens, N = 196 image tokens, T = Q x L tokens, D width
-of the decoder, F width of the vision tower.
+Shapes: B pictures, Q questions of length L after a prefix of P tokens, N = 196 image tokens of which K are kept,
+T = Q x L tokens, D width of the decoder, F width of the vision tower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from autotune.reference.batches import Questions
 from autotune.reference_135m import scenes
 from autotune.reference_135m.architecture import LORA_RANK, LORA_SCALE, VISION_WIDTH, build_model, build_processor
-from autotune.reference_135m.batches import PREFIX, GroupedSharedPrefix
+from autotune.reference_135m.batches import PREFIX, Asked, GroupedSharedPrefix
 
 __all__ = ["Learner"]
 
@@ -74,9 +75,11 @@ class Learner(nn.Module):
         return {name: tensor.detach().half().cpu().contiguous() for name, tensor in (tensors | self.adapters).items()}
 
     def _embed_words(self, words: tuple[str, ...]) -> Tensor:
-        """Mean embedding of each word's tokens, (number of words, D), float32."""
+        """Mean embedding of each word's tokens, (number of words, D), float32; digits without a space, as in text."""
         embedding = self.vlm.get_input_embeddings().weight.float()
-        pieces = [self.tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
+        pieces = [
+            self.tokenizer.encode(f"{'' if word.isdigit() else ' '}{word}", add_special_tokens=False) for word in words
+        ]
         return torch.stack([embedding[piece].mean(0) for piece in pieces]).detach()
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -111,45 +114,57 @@ class Learner(nn.Module):
                     accuracy[name] = (scores.argmax(-1) == target).float().mean().item()
         return total, accuracy
 
-    def question_loss(self, image_tokens: Tensor, blocks: list[Questions]) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of the answers' tokens, and the share of questions answered without a wrong token."""
-        B = len(image_tokens)
+    def question_loss(
+        self, image_tokens: Tensor, patches: Tensor, blocks: list[Asked]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of the answers' tokens, and per task the share of questions answered without a wrong token.
+
+        image_tokens (B, K, D) of the patches with the indices (B, K); each keeps the position it has among all N.
+        """
         embed = self.vlm.get_input_embeddings()
         texts = [embed(block.ids_BT.to(self.device)) for block in blocks]
-        before = embed(self.prefix_ids).expand(B, -1, -1)
-        P = before.shape[1] + image_tokens.shape[1]
-        hidden = self._decode(torch.cat((before, image_tokens.to(before.dtype), *texts), 1), P, blocks)[:, P:]
+        before = embed(self.prefix_ids).expand(len(image_tokens), -1, -1)
+        inputs = torch.cat((before, image_tokens.to(before.dtype), *texts), 1)
+        hidden = self._decode(inputs, patches, blocks)[:, before.shape[1] + image_tokens.shape[1] :]
         targets = torch.cat([block.targets_BT for block in blocks], 1).to(self.device)
         asked = targets >= 0
         logits = self.vlm.lm_head(hidden[asked]).float()
         wrong = torch.zeros_like(asked)
         wrong[asked] = logits.argmax(-1) != targets[asked]
-        metrics, start = {}, 0
-        for name, block in zip(("short", "caption"), blocks, strict=True):
-            stop = start + block.num * block.length
-            missed = wrong[:, start:stop].unflatten(1, (block.num, block.length)).any(-1)
-            metrics[name] = 1 - missed.float().mean().item()
-            start = stop
-        return F.cross_entropy(logits, targets[asked]), metrics
+        return F.cross_entropy(logits, targets[asked]), _solved(wrong, blocks)
 
-    def _decode(self, inputs: Tensor, P: int, blocks: list[Questions]) -> Tensor:
-        """Hidden states (B, P + T, D) of a shared prefix of P tokens and the blocks behind it."""
+    def _decode(self, inputs: Tensor, patches: Tensor, blocks: Sequence[Questions]) -> Tensor:
+        """Hidden states (B, P + T, D) of a prefix with the image tokens of `patches`, and of the blocks behind it."""
         decoder: Any = self.vlm.model.language_model
-        positions = [torch.arange(P)] + [(P + torch.arange(block.length)).repeat(block.num) for block in blocks]
-        self.attention.prefix, self.attention.blocks = P, [(block.num, block.length) for block in blocks]
-        before = decoder.config._attn_implementation
+        start = len(self.prefix_ids)
+        stop = start + scenes.NUM_PATCHES**2
+        rows = [torch.arange(start)] + [(stop + torch.arange(block.length)).repeat(block.num) for block in blocks]
+        before, *after = (row.expand(len(inputs), -1).to(self.device) for row in rows)
+        self.attention.prefix = start + patches.shape[1]
+        self.attention.blocks = [(block.num, block.length) for block in blocks]
+        own = decoder.config._attn_implementation
         decoder.set_attn_implementation("shared_prefix")
         outputs = decoder(
             inputs_embeds=inputs,
-            position_ids=torch.cat(positions).expand(len(inputs), -1).to(self.device),
+            position_ids=torch.cat((before, start + patches, *after), 1),
             attention_mask=torch.zeros(
                 len(inputs), 1, 1, 1, device=self.device
             ),  # unused: the blocks say who sees whom
             use_cache=False,
         )
-        decoder.set_attn_implementation(before)
+        decoder.set_attn_implementation(own)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
+
+
+def _solved(wrong_BT: Tensor, blocks: list[Asked]) -> dict[str, float]:
+    """Per task the share of its questions without a wrong token; tasks that were not asked are left out."""
+    solved: dict[str, list[float]] = {}
+    for part, block in zip(wrong_BT.split([block.num * block.length for block in blocks], 1), blocks, strict=True):
+        missed = part.unflatten(1, (block.num, block.length)).any(-1).flatten()
+        for task, miss in zip(block.tasks, missed.tolist(), strict=True):
+            solved.setdefault(task, []).append(1.0 - miss)
+    return {task: sum(right) / len(right) for task, right in solved.items()}
 
 
 def _floating(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -4,9 +4,12 @@ Needs the sheet of style `noto` (`make_splits --sheets`), the base model's wheel
 from its checkpoint in DIR/checkpoints, each logging one JSON line a report:
 
 1. `vision`   the ViT learns what lies under each patch (we render the scene, so we know), through linear heads.
-2. `align`    the projector is solved in closed form: ridge regression from ViT features to the decoder's own word
-              embeddings of what lies under the patch.
-3. `joint`    LoRA, projector and (slower) ViT learn the questions, with the patch heads as an auxiliary loss.
+2. `align`    the projector learns the decoder's own word embeddings of what lies under the patch: a ridge regression in
+              closed form, then gradient steps.
+3. `joint`    LoRA learns the questions, and the projector follows slowly; the ViT stays as it is. At the adapters' rate
+              the projector's tokens leave the words' embeddings within some dozen steps, in which the decoder still
+              guesses, and it never learns to look at them. At first most empty patches are left out, as in PatchDropout
+              (Liu et al., 2022): steps become faster, and the patches that matter easier to find.
 
 Shapes: B pictures, N = 196 image tokens, F width of the vision tower, D width of the decoder.
 """
@@ -23,22 +26,27 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from autotune.reference_135m import scenes
+from autotune.reference_135m import align, scenes
 from autotune.reference_135m.architecture import start_vision
-from autotune.reference_135m.batches import labels_of, pixels_of, questions_of
+from autotune.reference_135m.batches import labels_of, pixels_of, questions_of, thin_out
 from autotune.reference_135m.learner import Learner
 
 __all__ = ["DEFAULTS", "STAGES", "Trainer", "main"]
 
 STAGES = ("vision", "align", "joint")
-DEFAULTS = {"vision": (1100, 24, 2e-3), "align": (1, 240, 0.0), "joint": (500, 4, 1e-3)}
+DEFAULTS = {"vision": (1100, 24, 2e-3), "align": (300, 24, 2e-3), "joint": (2200, 4, 3e-3)}
 """Per stage: steps, pictures a step, learning rate."""
-WARM_UP, COOL_DOWN = 0.04, 0.4
+WARM_UP, COOL_DOWN = 0.02, 0.4
 """Shares of all steps in which the learning rate rises to its peak, and falls to nothing."""
-VISION_SHARE = 0.1
-"""Learning rate of the ViT in the joint stage, as a share of the adapters'."""
+PROJECTOR_RATE = 1e-4
+"""Learning rate of the projector in the joint stage, far below that of `align`."""
+NUM_SHORT = 6
+"""Short questions a picture and step, beside one caption."""
+NUM_KEPT, FULL_FROM = 80, 0.85
+"""Image tokens a picture in the joint stage, until the share of all steps from which on there are all of them."""
+SOLVE_BATCHES = 10
+"""Batches behind the closed form, the first step of `align`."""
 
 
 class Trainer:
@@ -56,17 +64,19 @@ class Trainer:
         self._load()
         if compiled and stage == "joint":
             for layer in self.learner.vlm.model.language_model.layers:
-                layer.compile()
+                layer.compile(dynamic=False)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         learner = self.learner
+        projector = [*learner.projector.parameters()]
         if self.stage == "align":
-            return []
+            return [torch.optim.AdamW(projector, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.98))]
         if self.stage == "joint":
-            fast = [*learner.projector.parameters(), *learner.adapters.values()]
-            slow = [*learner.vision_tower.parameters(), *learner.heads.parameters()]
-            groups = [{"params": fast, "lr": self.lr}, {"params": slow, "lr": self.lr * VISION_SHARE}]
-            return [torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.98))]
+            adapters = [*learner.adapters.values()]
+            return [
+                torch.optim.Muon(adapters, lr=self.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(projector, lr=PROJECTOR_RATE, weight_decay=0.0, betas=(0.9, 0.98)),
+            ]
         embeddings = {id(p) for p in learner.vlm.model.vision_tower.embeddings.parameters()}
         parameters = [*learner.vision_tower.parameters(), *learner.heads.parameters()]
         matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 64 and id(p) not in embeddings]
@@ -112,47 +122,39 @@ class Trainer:
         torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
 
-    def batch_of(self, rng: np.random.Generator) -> tuple[list[scenes.Scene], Tensor, dict[str, Tensor]]:
-        batch = [scenes.sample(rng) for _ in range(self.batch)]
+    def batch_of(
+        self, rng: np.random.Generator, num: int | None = None
+    ) -> tuple[list[scenes.Scene], Tensor, dict[str, Tensor]]:
+        batch = [scenes.sample(rng) for _ in range(num or self.batch)]
         labels = {name: values.to(self.device) for name, values in labels_of(batch).items()}
         return batch, pixels_of(batch), labels
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         batch, pixels, labels = self.batch_of(rng)
-        features = self.learner.features(pixels)
-        patch, accuracy = self.learner.patch_loss(features, labels)
         if self.stage == "vision":
-            return patch, accuracy
-        asked = questions_of(batch, rng, self.learner.tokenizer, 16, 1)
-        question, solved = self.learner.question_loss(self.learner.projector(features), asked)
-        return question + 0.1 * patch, {"question": question.item(), **solved, "kind": accuracy["kind"]}
+            return self.learner.patch_loss(self.learner.features(pixels), labels)
+        with torch.no_grad():
+            features = self.learner.features(pixels)
+        tokens, ideal = self.learner.projector(features), self.learner.ideal(labels)
+        told = align.agreement(tokens, ideal, labels["kind"], self.learner.word_embeddings["kind"])
+        if self.stage == "align":
+            return align.regression_loss(tokens, ideal, labels["kind"]), told
+        num_kept = NUM_KEPT if self.step < FULL_FROM * self.steps else tokens.shape[1]
+        patches = thin_out(labels["kind"], num_kept, rng)
+        asked = questions_of(batch, rng, self.learner.tokenizer, NUM_SHORT, 1)
+        kept = tokens.gather(1, patches[..., None].expand(-1, -1, tokens.shape[-1]))
+        question, solved = self.learner.question_loss(kept, patches, asked)
+        return question, {**told, **solved}
 
     @torch.no_grad()
-    def solve(self, rng: np.random.Generator, ridge: float = 1e-2) -> dict[str, float]:
-        """Ridge regression of the projector's second matrix on random features from its first; R² on what lies there.
-
-        Patches with something on them weigh as much, together, as the empty ones.
-        """
-        _, pixels, labels = self.batch_of(rng)
-        first, second = self.learner.projector.linear_1, self.learner.projector.linear_2
-        features = torch.cat([self.learner.features(part) for part in pixels.split(16)]).float()
-        spread = features.flatten(0, 1).std(0)
-        torch.nn.init.orthogonal_(first.weight)
-        first.weight.mul_(1.5 / spread)  # about unit variance before the activation
-        first.bias.copy_(-(first.weight @ features.flatten(0, 1).mean(0)))
-        hidden_NF = F.gelu(first(features)).flatten(0, 1).double()
-        target_ND = self.learner.ideal(labels).flatten(0, 1).double()
-        busy = (labels["kind"] > 0).flatten()
-        weight = torch.where(busy, (~busy).sum() / busy.sum(), 1.0).double()[:, None]
-        mean_F, mean_D = ((weight * x).sum(0) / weight.sum() for x in (hidden_NF, target_ND))
-        X, Y = hidden_NF - mean_F, target_ND - mean_D
-        gram = X.T @ (weight * X)
-        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solution = torch.linalg.solve(gram, X.T @ (weight * Y))
-        second.weight.copy_(solution.T)
-        second.bias.copy_(mean_D - mean_F @ solution)
-        left = (weight * (Y - X @ solution) ** 2)[busy].sum() / (weight * Y**2)[busy].sum()
-        return {"r2": 1 - left.item()}
+    def solve(self, rng: np.random.Generator) -> dict[str, float]:
+        """The projector in closed form, and how well it fits the pictures that it was made from."""
+        learner = self.learner
+        _, pixels, labels = self.batch_of(rng, SOLVE_BATCHES * self.batch)
+        features = torch.cat([learner.features(part) for part in pixels.split(16)]).float()
+        ideal = learner.ideal(labels)
+        align.solve(learner.projector, learner.heads, features, ideal, labels["kind"])
+        return align.agreement(learner.projector(features), ideal, labels["kind"], learner.word_embeddings["kind"])
 
     def run(self, report_every: int = 20, save_every_s: float = 120.0) -> None:
         """Train to the last step, reporting and saving on the way."""
@@ -160,7 +162,7 @@ class Trainer:
         self.learner.train()
         while self.step < self.steps:
             rng = np.random.default_rng((self.seed, STAGES.index(self.stage), self.step))
-            recent.append(self.solve(rng) if self.stage == "align" else self._update(rng))
+            recent.append(self.solve(rng) if (self.stage, self.step) == ("align", 0) else self._update(rng))
             self.step += 1
             self.seconds = time.monotonic() - began
             if self.step % report_every == 0 or self.step == self.steps:
@@ -187,7 +189,8 @@ class Trainer:
         return {"loss": loss.item(), **metrics}
 
     def _report(self, recent: list[dict[str, float]]) -> None:
-        means = {key: round(float(np.nanmean([entry.get(key, np.nan) for entry in recent])), 4) for key in recent[0]}
+        keys = dict.fromkeys(key for entry in recent for key in entry)
+        means = {key: round(float(np.nanmean([entry.get(key, np.nan) for entry in recent])), 4) for key in keys}
         line = json.dumps({"stage": self.stage, "step": self.step, "seconds": round(self.seconds), **means})
         print(line, flush=True)
         self.out.mkdir(parents=True, exist_ok=True)
