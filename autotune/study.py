@@ -17,12 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config import check_sqlite
 from autotune.objective import Told, steering
 from autotune.ranges import Choice, Draw, Float, Int, Range
-from autotune.samplers import CONSTRAINT, Observed, distributions, suggest
+from autotune.samplers import CONSTRAINT, Observed, distributions, suggest_new
 from btp.plan import Plan
 
 __all__ = ["Study"]
 
-MAX_REPEATS = 8  # draws that came to nothing new, before one of them is tried after all
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -82,8 +81,7 @@ class Study:
 
         Fixed plans, and what a killed process left, come first. Then `sampler` draws, steered by `steering`; its draw
         depends on the seed and on the told trials that have one and on nothing else, so a resumed study asks what an
-        unbroken one would have. same: the finished trial that a draw would only repeat; such a draw is shown to the
-        sampler with that trial's result, and it draws again, up to `MAX_REPEATS` times.
+        unbroken one would have. same: the finished trial that a draw would only repeat, for `suggest_new`.
         """
         self._study.sampler = _HandsOut(distributions(ranges), lambda: self._suggest(ranges, sampler, same))
         trial = self._study.ask()
@@ -96,13 +94,12 @@ class Study:
     def _suggest(self, ranges: Mapping[str, Range], sampler: str, same: Callable[[Draw], Told | None]) -> Draw:
         told = self.told()
         loss = steering(told).loss
-        observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
-        for _ in range(MAX_REPEATS):
-            draw = suggest(sampler, ranges, observed, self._seed)
-            if (known := same(draw)) is None:
-                break
-            observed.append(Observed(draw, loss(known), known.ratio, known.over))
-        return draw
+
+        def observed(draw: Draw, trial: Told | None) -> Observed | None:
+            return trial and Observed(draw, loss(trial), trial.ratio, trial.over)
+
+        known = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
+        return suggest_new(sampler, ranges, known, self._seed, lambda draw: observed(draw, same(draw)))
 
     def tell(self, told: Told, key: str = "") -> None:
         """Finish the trial. key: equal for plans that realise the same, for `same_as`."""

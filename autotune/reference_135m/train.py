@@ -37,7 +37,7 @@ __all__ = ["DEFAULTS", "STAGES", "Trainer", "main"]
 STAGES = ("vision", "align", "joint")
 DEFAULTS = {"vision": (1100, 24, 2e-3), "align": (300, 24, 2e-3), "joint": (2200, 4, 3e-3)}
 """Per stage: steps, pictures a step, learning rate."""
-WARM_UP, COOL_DOWN = 0.02, 0.4
+WARM_UP, COOL_DOWN = 0.02, {"vision": 0.4, "align": 0.4, "joint": 0.9}
 """Shares of all steps in which the learning rate rises to its peak, and falls to nothing."""
 PROJECTOR_RATE = 1e-4
 """Learning rate of the projector in the joint stage, far below that of `align`."""
@@ -175,7 +175,7 @@ class Trainer:
 
     def _update(self, rng: np.random.Generator) -> dict[str, float]:
         done = (self.step + 1) / (self.steps + 1)
-        rate = min(1.0, done / WARM_UP, (1 - done) / COOL_DOWN)
+        rate = min(1.0, done / WARM_UP, (1 - done) / COOL_DOWN[self.stage])
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = rate * peak
