@@ -36,6 +36,7 @@ __all__ = ["Bench", "learn_file", "measure_file", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of BTP's calibration
 NUM_WITHDRAWAL = 20  # samples of VTW's layer search
+NUM_LEARNED = 2  # stages of a plan that is learned for a latency limit: FLOPs do not tell what a stage takes
 BATCH_SIZE = 16
 MODEL_FILES = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 MAX_ROUNDS, CLEAR, SHARP = 4, 0.02, 0.05
@@ -173,12 +174,11 @@ class Bench:
         """The plan learned by gradient on `calibrate` at a share of dense's FLOPs; learned once, also over runs."""
 
         def compute() -> dict[str, Any]:
-            found = learn(
-                self.model, self._processor, self.splits["calibrate"], budget, seed=self._config.seed, say=say
-            )
+            examples, seed = self.splits["calibrate"], self._config.seed
+            found = learn(self.model, self._processor, examples, budget, seed=seed, max_stages=NUM_LEARNED, say=say)
             return found.plan.to_dict()
 
-        return Plan.from_dict(self.kept(f"learned-{self._config.seed}-{budget:.3f}", compute))
+        return Plan.from_dict(self.kept(f"learned-{self._config.seed}-{NUM_LEARNED}-{budget:.3f}", compute))
 
     def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
         """Model inputs of examples drawn by the seed, in the order they came."""

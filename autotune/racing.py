@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ERROR_RATE", "Race", "bounded", "looks", "order"]
+__all__ = ["ERROR_RATE", "Race", "looks", "order"]
 
 ERROR_RATE = 0.05
 FIRST_LOOK, GROWTH = 32, 3
@@ -69,11 +69,6 @@ def order(tasks: Sequence[str], image_ids: Sequence[str], seed: int) -> list[int
         seen[image_ids[index]] += 1
         found.append(index)
     return found
-
-
-def bounded(kl: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """A per-sample proxy to race by: exp(-KL), in (0, 1], higher is better. KL itself, in nats, has no bound."""
-    return np.asarray(np.exp(-np.maximum(np.asarray(kl, float), 0.0)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class Race:
                 f"{len(trial)} and {rivals.shape[1:]}; score members on all samples before trials race against them"
             )
         if not all(((given >= 0) & (given <= 1)).all() for given in (trial, rivals)):
-            raise ValueError("values must be in [0, 1]; `bounded` turns a KL divergence into such a value")
+            raise ValueError("values must be in [0, 1], as scores are; a divergence has no bound to race by")
 
 
 def _log_wealth(lead: NDArray[np.float64], to_reach: float, num_samples: int) -> NDArray[np.float64]:

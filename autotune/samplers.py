@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,13 @@ from scipy.stats import qmc
 from autotune.config import AutotuneError
 from autotune.ranges import Choice, Draw, Float, Int, Range
 
-__all__ = ["CONSTRAINT", "SAMPLERS", "Observed", "distributions", "suggest", "suggest_new"]
+__all__ = ["CONSTRAINT", "SAMPLERS", "Observed", "distributions", "suggest"]
 
 SAMPLERS = ("gp", "nsga2", "qmc", "random", "tpe")
 CONSTRAINT = "over"  # one, by one name, on every trial: a GP stacks constraints without looking at their names
 NUM_START = 10  # quasi-random draws before "gp" and "tpe" begin to learn
 MAX_GP = 60  # observed trials from which "gp" goes on with TPE: the GP is level there, and asks ever more slowly
 POPULATION = 10  # of "nsga2"; Optuna's 50 would be random search for all of a study
-MAX_REPEATS = 8  # draws that came to nothing new, before one of them is tried after all
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +64,6 @@ def suggest(
     study.add_trials([_trial(known, settings, whole_front) for known in observed])
     with np.errstate(invalid="ignore"):  # where no draw looks better than another, the GP divides 0 by 0, and copes
         return study.ask(settings).params
-
-
-def suggest_new(
-    sampler: str,
-    ranges: Mapping[str, Range],
-    observed: Sequence[Observed],
-    seed: int,
-    same: Callable[[Draw], Observed | None],
-    *,
-    whole_front: bool = False,
-) -> Draw:
-    """As `suggest`, but the sampler draws again, up to `MAX_REPEATS` times, while a draw repeats what was tried.
-
-    same: what a draw that repeats came to, which the sampler is then shown; None for one that does not.
-    """
-    seen = list(observed)
-    for _ in range(MAX_REPEATS):
-        draw = suggest(sampler, ranges, seen, seed, whole_front=whole_front)
-        if (known := same(draw)) is None:
-            break
-        seen.append(known)
-    return draw
 
 
 def distributions(ranges: Mapping[str, Range]) -> dict[str, BaseDistribution]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune.bench import Bench
+from autotune.bench import NUM_LEARNED, Bench
 from autotune.certify import Interval
 from autotune.config import JobConfig
 from autotune.evaluation import Scores
@@ -29,9 +29,9 @@ from autotune.study import Study
 from btp import presets
 from btp.budget import fit_flops
 from btp.cost import image_token_flops, tokens_per_layer
-from btp.plan import Plan
+from btp.plan import Plan, Stage
 
-__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "summary", "title"]
+__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "like_learned", "summary", "title"]
 
 DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
@@ -42,6 +42,10 @@ SPREAD_PROBES, LIMIT_PROBES = 9, 6  # plans measured to model the latency: all o
 FASTEST_PROBE, SLOWEST_PROBE = 0.2, 0.9  # of dense's multiplications
 SHARE_OF_SEEDS = 0.5  # of the trials
 MOST_TO_LEARN = 0.95  # of dense's FLOPs
+CLOSE = 0.015  # of the limit: left unspent by a plan whose like was measured, about what an interval is wide
+PROMISING = 0.03  # of the best merit: three points of accuracy, about what chance does on 300 questions
+FAR = 0.1  # over the limit by more than this share, a plan is not as good as it looks there
+CLOSER, AGAIN = ", closer to the limit", ", again"
 
 
 class Search:
@@ -69,6 +73,7 @@ class Search:
         self._say("answering `select` with dense")
         self._bench.scores(DENSE, "select")
         while self._study.num_done < self._config.num_trials or self._study.has_fixed_plans:
+            self._bring_closer()
             number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
             plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
             key = self._key(plan)
@@ -90,6 +95,9 @@ class Search:
 
     def at_limit(self, plan: Plan) -> Plan:
         """The same system with its keep fractions and layers scaled until its modelled latency is the limit."""
+        return self._solved(self._scaled(plan), self.limit)
+
+    def _scaled(self, plan: Plan) -> Callable[[float], Plan]:
         num_tokens = len(plan.stages) + 1  # so many in every layer pay for a token of each stage
         least, most = (self._flops(tokens) for tokens in (num_tokens, self._num_image_tokens))
 
@@ -103,7 +111,45 @@ class Search:
                 intermediate_size=self._decoder.intermediate_size,
             )
 
-        return self.latency.solve(schedule, self.limit)
+        return schedule
+
+    def _solved(self, schedule: Callable[[float], Plan], ratio: float) -> Plan:
+        """The plan of a family that keeps most within a ratio, by the model and what plans like it have measured.
+
+        Without one the model leaves its margin unspent. With one it is off by as much as there, and `CLOSE` is left.
+        """
+        plan = self.latency.solve(schedule, ratio)
+        off = self._off(plan)
+        if off is None:
+            return plan
+        return self.latency.solve(schedule, ratio * (1 - CLOSE) / off * (1 + self.latency.error.margin))
+
+    def _off(self, plan: Plan) -> float | None:
+        """Measured to modelled ratio of the measured plan with the same selectors that is nearest by modelled ratio."""
+        like = [t for t in self._study.told() if t.measured and _selectors(t.plan) == _selectors(plan)]
+        modelled = {t.number: self.latency.ratio(t.plan) for t in like}
+        aimed = self.latency.ratio(plan)
+        nearest = min(like, key=lambda t: abs(modelled[t.number] - aimed), default=None)
+        return None if nearest is None else nearest.ratio / modelled[nearest.number]
+
+    def _bring_closer(self) -> None:
+        """Have the last trial tried nearer to the limit, where it is among the best and not there yet, or just over it.
+
+        The model's margin is for plans that it does not know; what this one measured says how far it can go.
+        """
+        told = self._study.told()
+        able = [t for t in told if t.feasible and t.complete and t.measured]
+        if not told or told[-1].name in CONTROLS or not told[-1].measured:
+            return
+        last = told[-1]
+        near = self.limit * (1 - 2 * CLOSE) < last.ratio_high <= self.limit or last.ratio > self.limit * (1 + FAR)
+        if near or last.merit < max((t.merit for t in able), default=0.0) - PROMISING:
+            return
+        closer = self._solved(self._scaled(last.plan), self.limit)
+        first = last.name.removesuffix(AGAIN).removesuffix(CLOSER) + CLOSER
+        names = [name for name in (first, first + AGAIN) if all(t.name != name for t in told)]
+        if names and self._study.same_as(self._key(closer)) is None:
+            self._study.enqueue(names[0], closer)
 
     def _flops(self, num_tokens: int) -> int:
         counts = (num_tokens,) * self._num_layers
@@ -152,11 +198,15 @@ class Search:
         known = list(self._study.notes["known"].items())[: max(0, room - len(PUBLISHED))]
         found |= {name: self._within(Plan.from_dict(plan)) for name, plan in known}
         found |= {f"plan {path.stem}": self._within(Plan.load(path)) for path in self._config.plans}
-        return found | ({LEARNED: self._learned(scaled)} if self._config.learn else {})
+        return found | ({LEARNED: self._learned()} if self._config.learn else {})
 
-    def _learned(self, like: Plan) -> Plan:
-        """Learned at the image tokens' FLOPs of a plan that is at the limit, then brought to the limit itself."""
-        counts = tokens_per_layer(like, self._num_layers, self._num_image_tokens)
+    def _learned(self) -> Plan:
+        """Learned at the image tokens' FLOPs of a like plan that is at the limit, then brought to the limit itself."""
+        counts = tokens_per_layer(
+            self.latency.solve(rescale(like_learned(self._num_layers)), self.limit),
+            self._num_layers,
+            self._num_image_tokens,
+        )
         share = flops_of(self._decoder, self._num_image_tokens)(counts)
         found = self._bench.learned(min(round(share, 3), MOST_TO_LEARN), self._say)
         return self.latency.solve(rescale(found), self.limit)
@@ -187,14 +237,16 @@ class Search:
         return self._study.same_as(self._key(self._decoded(draw)))
 
     def _draw_of(self, plan: Plan) -> Draw | None:
-        budget = self.latency.ratio(plan) * (1 + self.latency.error.margin) / self.limit
-        if budget > 1 + 1e-6:  # as a draw it would be a smaller plan
+        off = self._off(plan)
+        left = self.limit / (1 + self.latency.error.margin) if off is None else self.limit * (1 - CLOSE) / off
+        budget = self.latency.ratio(plan) / left
+        if budget > 1 + CLOSE:  # as a draw it would be a smaller plan
             return None
         return self._space.draw_of(plan, self._num_layers, self._num_image_tokens, min(budget, 1.0))
 
     def _decoded(self, draw: Draw) -> Plan:
         share = draw.get("budget", self._space.budget.high)
-        return self.latency.solve(self._space.schedule(draw, self._num_layers), float(share) * self.limit)
+        return self._solved(self._space.schedule(draw, self._num_layers), float(share) * self.limit)
 
     def _try(self, number: int, name: str, plan: Plan) -> Told:
         """Score the plan look by look, and measure it if the first look does not end it."""
@@ -256,6 +308,17 @@ class Search:
         for example, score in zip(self._bench.splits["select"], scores, strict=False):
             found.setdefault(example.task, []).append(score)
         return {task: float(np.mean(values)) for task, values in sorted(found.items())}
+
+
+def _selectors(plan: Plan) -> tuple[str, ...]:
+    return tuple(stage.selector for stage in plan.stages if stage.keep)
+
+
+def like_learned(num_layers: int) -> Plan:
+    """A plan of as many `joint` stages as one that is learned for a latency limit: what share of FLOPs that leaves."""
+    layers = (index * num_layers // NUM_LEARNED for index in range(NUM_LEARNED))
+    stages = (Stage(layer=layer, keep=0.5 ** (index + 1), selector="joint") for index, layer in enumerate(layers))
+    return Plan(stages=tuple(stages))
 
 
 def title(system: str) -> str:

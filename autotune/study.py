@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,41 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config import check_sqlite
 from autotune.objective import Told, steering
-from autotune.ranges import Choice, Draw, Float, Int, Range
-from autotune.samplers import CONSTRAINT, Observed, distributions, suggest_new
+from autotune.ranges import Choice, Draw, Float, Int, Range, random_draw
+from autotune.samplers import CONSTRAINT, Observed, distributions, suggest
 from btp.plan import Plan
 
-__all__ = ["Study"]
+__all__ = ["Study", "next_draw"]
 
+MAX_REPEATS = 16  # mutations of a draw that came to nothing new, before one of them is tried after all
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def next_draw(
+    sampler: str,
+    ranges: Mapping[str, Range],
+    told: Sequence[Told],
+    seed: int,
+    same: Callable[[Draw], Told | None],
+    *,
+    whole_front: bool = False,
+) -> Draw:
+    """What a sampler draws after the finished trials, oldest first, steered by what they say of the proxy.
+
+    same: the finished trial that a draw would only repeat, None for a new one. Many draws are one plan, as where
+    settings of stages are drawn that it does not have, so a sampler may come back to it for ever: a repeat is mutated,
+    each of its settings drawn anew with a probability that rises to one over `MAX_REPEATS` attempts. Else as `suggest`.
+    """
+    loss = steering(told).loss
+    observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
+    draw = drawn = suggest(sampler, ranges, observed, seed, whole_front=whole_front)
+    rng = random.Random(f"{seed} {len(observed)}")
+    for attempt in range(1, MAX_REPEATS + 1):
+        if same(draw) is None:
+            break
+        anew = random_draw(ranges, rng)
+        draw = {name: anew[name] if rng.random() < attempt / MAX_REPEATS else drawn[name] for name in ranges}
+    return draw
 
 
 class Study:
@@ -81,25 +111,16 @@ class Study:
 
         Fixed plans, and what a killed process left, come first. Then `sampler` draws, steered by `steering`; its draw
         depends on the seed and on the told trials that have one and on nothing else, so a resumed study asks what an
-        unbroken one would have. same: the finished trial that a draw would only repeat, for `suggest_new`.
+        unbroken one would have. same: as of `next_draw`.
         """
-        self._study.sampler = _HandsOut(distributions(ranges), lambda: self._suggest(ranges, sampler, same))
+        propose = partial(next_draw, sampler, ranges, self.told(), self._seed, same)
+        self._study.sampler = _HandsOut(distributions(ranges), propose)
         trial = self._study.ask()
         if "fixed_plan" in trial.user_attrs:
             plan = Plan.from_dict(json.loads(trial.user_attrs["fixed_plan"]))
             return trial.number, trial.user_attrs["fixed_name"], plan
         draw = {name: _recorded(trial, name, setting) for name, setting in ranges.items()}
         return trial.number, f"trial {trial.number}", draw
-
-    def _suggest(self, ranges: Mapping[str, Range], sampler: str, same: Callable[[Draw], Told | None]) -> Draw:
-        told = self.told()
-        loss = steering(told).loss
-
-        def observed(draw: Draw, trial: Told | None) -> Observed | None:
-            return trial and Observed(draw, loss(trial), trial.ratio, trial.over)
-
-        known = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
-        return suggest_new(sampler, ranges, known, self._seed, lambda draw: observed(draw, same(draw)))
 
     def tell(self, told: Told, key: str = "") -> None:
         """Finish the trial. key: equal for plans that realise the same, for `same_as`."""

@@ -78,7 +78,7 @@ class Options:
     limits: tuple[float, ...]
     seeds: tuple[int, ...]
     trials: int
-    learning_steps: int = 200
+    learning_steps: int = 120
     systems: tuple[str, ...] | None = None
     selectors: tuple[str, ...] = CROSSED
 
@@ -149,7 +149,7 @@ def _at_limit(lab: Lab, options: Options, pace: Pace) -> dict[str, Any]:
         measured = lab.measure(told.plan)
         at_limit = AtLimit(plan=told.plan, measured=measured, rounds=(), reached=measured.value <= lab.limit)
         judge.row(f"tuned, seed {seed}", "tuned", at_limit, seed)
-    learned, learning = lab.learned(LEARNING_SEED, lab.flops_share(systems["btp_paper"].plan), options.learning_steps)
+    learned, learning = lab.learned(LEARNING_SEED, options.learning_steps)
     judge.row("learned", "learned", learned, LEARNING_SEED)
     crossed = dict(list(champions.items())[:NUM_CROSSED_CHAMPIONS])
     crossed |= {name: systems[name].plan for name in SCHEDULES if name in systems}

@@ -70,8 +70,8 @@ def _section(found: Found, verdicts: Sequence[Goal]) -> Iterator[str]:
         "limit by the upper bound of their measured ratio. Published systems have their keep fractions and layers "
         f"scaled by one factor until their measured ratio is within {found['tolerance']:.0%} under the limit (where "
         "whole layers are too coarse for that, the keep fractions alone). The "
-        "learned plan is learned by gradient on `calibrate`, at the FLOPs of BTP (paper); its keep fractions are then "
-        "scaled likewise."
+        "learned plan is learned by gradient on `calibrate`, at the FLOPs that a plan of as many stages has at the "
+        "limit; its keep fractions are then scaled likewise."
     )
     yield "### Goals"
     yield "\n".join("\n  - ".join((f"- **{VERDICTS[goal.met]}**: {goal.text}", *goal.told)) for goal in verdicts)

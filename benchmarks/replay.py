@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from autotune.objective import Told, front, rivals, steering
+from autotune.objective import Told, front, rivals
 from autotune.racing import Race
 from autotune.ranges import Draw
-from autotune.samplers import Observed, suggest
+from autotune.study import next_draw
 from benchmarks.grid import Grid
 from benchmarks.tabular import Table
 
@@ -25,19 +25,21 @@ class Searcher:
     def __str__(self) -> str:
         return f"{self.sampler}, whole front" if self.whole_front else self.sampler
 
-    def draw(self, grid: Grid, told: Sequence[Told], seed: int) -> Draw:
-        """As a study asks: from all trials that are told, steered by what they say of the proxy."""
-        loss = steering(told).loss
-        observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
-        return suggest(self.sampler, grid.ranges, observed, seed, whole_front=self.whole_front)
-
 
 def replay(table: Table, grid: Grid, searcher: Searcher, seed: int, num_trials: int, *, racing: bool) -> list[Told]:
-    """The trials of one study, oldest first. A plan that was tried is told again, and costs nothing."""
+    """The trials of one study, oldest first.
+
+    A sampler that learns is asked anew for what was tried, as a study asks; what it insists on is told again, and costs
+    nothing. Random search is plain: on so few plans it would be an exhaustive one without its repeats.
+    """
     told: list[Told] = []
     first: dict[int, Told] = {}
+
+    def tried(draw: Draw) -> Told | None:
+        return None if searcher.sampler == "random" else first.get(table.number(grid.cell(draw)))
+
     for number in range(num_trials):
-        draw = searcher.draw(grid, told, seed)
+        draw = next_draw(searcher.sampler, grid.ranges, told, seed, tried, whole_front=searcher.whole_front)
         plan = table.number(grid.cell(draw))
         if plan not in first:
             first[plan] = _raced(table, plan, told) if racing else table.told(plan)

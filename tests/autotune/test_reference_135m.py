@@ -348,7 +348,7 @@ def test_training_resumes_and_the_shipped_parts_make_the_same_model(tmp_path: Pa
     from autotune.reference_135m.train import Trainer
 
     torch.set_num_threads(1)
-    for stage, steps in (("vision", 1), ("vision", 2), ("align", 2), ("joint", 2)):
+    for stage, steps in (("vision", 1), ("vision", 2), ("align", 2), ("attend", 1), ("joint", 2)):
         trainer = Trainer(tmp_path, stage, steps, batch=2, lr=1e-3, device="cpu", seed=0)
         assert trainer.step == (1 if (stage, steps) == ("vision", 2) else 0)
         trainer.run(report_every=1)
@@ -359,6 +359,7 @@ def test_training_resumes_and_the_shipped_parts_make_the_same_model(tmp_path: Pa
         ("vision", 2),
         ("align", 1),
         ("align", 2),
+        ("attend", 1),
         ("joint", 1),
         ("joint", 2),
     ]

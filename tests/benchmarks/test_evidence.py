@@ -286,7 +286,10 @@ def test_every_limit_counts_and_the_tightest_alone_for_the_three_points() -> Non
 )
 def test_hypervolume_is_read_from_the_search_benchmark(reached: list[int | None], met: bool) -> None:
     raced = {"trials_to_target": reached}
-    search = {"device": "a CPU", "spaces": {"whole": {"searchers": {TUNER: {"raced": raced}}}}}
+    search = {
+        "device": "a CPU",
+        "spaces": {"whole": {"searchers": {name: {"raced": raced} for name in (TUNER, f"{TUNER}, whole front")}}},
+    }
     goal = goals(made_up(0.05, 0.1, 0.96, 0.9), [search])[3]
     assert goal.met is met
     assert f"{sum(number is not None and number <= 40 for number in reached)} of 3 seeds" in goal.told[0]
