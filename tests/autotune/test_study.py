@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 from autotune.config import AutotuneError
 from autotune.objective import Told
 from autotune.ranges import Choice, Float, Int
-from autotune.study import Study
+from autotune.study import MAX_REPEATS, Study, next_draw
 from btp import presets
 from btp.plan import Plan, Stage
 
@@ -144,6 +144,24 @@ def test_a_stopped_trial_counts_and_teaches_but_is_never_optunas_best(tmp_path):
     for _ in range(2):
         step(without, "qmc")
     assert without.ask(RANGES, "qmc")[2] != next_draw
+
+
+def test_a_draw_that_repeats_is_mutated_until_it_is_new():
+    known = [told(number, {"layer": 4, "weight": 0.8, "selector": "diversity"}) for number in range(12)]
+    first = next_draw("tpe", RANGES, known, 0, lambda draw: None)
+
+    def same(draw):  # the weight is no part of the plan
+        return known[0] if draw["layer"] == first["layer"] and draw["selector"] == first["selector"] else None
+
+    found = next_draw("tpe", RANGES, known, 0, same)
+    assert same(found) is None
+    assert found == next_draw("tpe", RANGES, known, 0, same)
+    assert found.keys() == RANGES.keys()
+    asked = []
+    next_draw("tpe", RANGES, known, 0, lambda draw: asked.append(draw) or known[0])
+    assert len(asked) == MAX_REPEATS  # all the plans are tried: one of them is tried again
+    changed = [sum(draw[name] != first[name] for name in RANGES) for draw in asked]
+    assert changed[0] == 0 < changed[-1]
 
 
 def test_the_same_result_is_found_by_its_key(tmp_path):
