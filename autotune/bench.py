@@ -36,7 +36,7 @@ __all__ = ["Bench", "learn_file", "measure_file", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of BTP's calibration
 NUM_WITHDRAWAL = 20  # samples of VTW's layer search
-NUM_LEARNED = 2  # stages of a plan that is learned for a latency limit: FLOPs do not tell what a stage takes
+NUM_LEARNED = 3  # stages of a plan that is learned for a latency limit: FLOPs do not tell what a stage takes
 BATCH_SIZE = 16
 MODEL_FILES = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
 MAX_ROUNDS, CLEAR, SHARP = 4, 0.02, 0.05

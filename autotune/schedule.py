@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Cost = Callable[[Sequence[int]], float]  # of the image tokens by layer, as a sh
 
 MIN_DROP = 0.05  # of the tokens that enter a stage, for it to be one
 FIRST_WEIGHT = 0.1  # diversity first; from a half, a stage of the reference VLM stayed there and was worse for it
+LEAST_WEIGHT = 0.01  # of lambda, for attention to be worth reading
 _REACH = 1 / 16  # of the image tokens, up and down, over which a cost's slope is taken: it may rise by steps
 
 
@@ -166,7 +167,7 @@ class Schedule:
         return [max(1, round_half_up(min(1.0, share * factor) * self.num_tokens)) for share in keep]
 
     def _plan(self, kept: Sequence[int]) -> Plan:
-        """Stages that remove nothing are left out."""
+        """Stages that remove nothing are left out; where lambda is next to nothing, `diversity` does, for less."""
         _, weights = self.values()
         entering = [self.num_tokens, *kept]
         return Plan(
@@ -174,14 +175,17 @@ class Schedule:
                 Stage(
                     layer=layer,
                     keep=count / self.num_tokens,
-                    selector="joint",
-                    attention_weight=round(weight, 4),
-                    attention=self.attention,
+                    **self._rule(weight),
                 )
                 for layer, count, before, weight in zip(self.layers, kept, entering[:-1], weights, strict=True)
                 if count < before
             )
         )
+
+    def _rule(self, weight: float) -> dict[str, Any]:
+        if weight < LEAST_WEIGHT:
+            return {"selector": "diversity"}
+        return {"selector": "joint", "attention_weight": round(weight, 4), "attention": self.attention}
 
     def _shares(self) -> Tensor:
         return self.pass_C.sigmoid().cumprod(dim=0)

@@ -73,7 +73,8 @@ class Search:
         self._say("answering `select` with dense")
         self._bench.scores(DENSE, "select")
         while self._study.num_done < self._config.num_trials or self._study.has_fixed_plans:
-            self._bring_closer()
+            if self._study.num_done < self._config.num_trials:
+                self._bring_closer()
             number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
             plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
             key = self._key(plan)
@@ -315,9 +316,9 @@ def _selectors(plan: Plan) -> tuple[str, ...]:
 
 
 def like_learned(num_layers: int) -> Plan:
-    """A plan of as many `joint` stages as one that is learned for a latency limit: what share of FLOPs that leaves."""
+    """A plan of as many stages as one that is learned for a latency limit: what share of FLOPs these leave."""
     layers = (index * num_layers // NUM_LEARNED for index in range(NUM_LEARNED))
-    stages = (Stage(layer=layer, keep=0.5 ** (index + 1), selector="joint") for index, layer in enumerate(layers))
+    stages = (Stage(layer=layer, keep=0.5 ** (index + 1), selector="diversity") for index, layer in enumerate(layers))
     return Plan(stages=tuple(stages))
 
 

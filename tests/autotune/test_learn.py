@@ -319,7 +319,7 @@ def test_learning_gives_the_same_plan_twice_and_leaves_no_trace(loaded: Any, exa
     assert 0.198 <= first.cost <= 0.2
     assert all(0.19 <= step.cost <= 0.2 for step in first.history)
     assert [len(step.layers) for step in first.history] == [3, 3, 2, 2]
-    assert {stage.selector for stage in first.plan.stages} == {"joint"}
+    assert {stage.selector for stage in first.plan.stages} <= {"joint", "diversity"}
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
     assert not any(layer._forward_pre_hooks for layer in anatomy_of(model).layers)
     assert learn(model, processor, examples, 0.2, **{**settings, "seed": 4}).history != first.history
