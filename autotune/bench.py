@@ -36,6 +36,7 @@ __all__ = ["Bench", "learn_file", "measure_file", "measure_ratio"]
 
 NUM_CALIBRATION = 64  # samples of BTP's calibration
 NUM_WITHDRAWAL = 20  # samples of VTW's layer search
+LEARNING_STEPS = 120
 NUM_LEARNED = 3  # stages of a plan that is learned for a latency limit: FLOPs do not tell what a stage takes
 BATCH_SIZE = 16
 MODEL_FILES = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
@@ -170,15 +171,26 @@ class Bench:
         except PlanError:
             return None
 
-    def learned(self, budget: float, say: Callable[[str], None]) -> Plan:
-        """The plan learned by gradient on `calibrate` at a share of dense's FLOPs; learned once, also over runs."""
+    def learned(self, budget: float, say: Callable[[str], None], steps: int = LEARNING_STEPS) -> dict[str, Any]:
+        """The plan learned by gradient on `calibrate` at a share of dense's FLOPs; learned once, also over runs.
+
+        As "plan", its "cost" as such a share, and the "seconds" that it took.
+        """
 
         def compute() -> dict[str, Any]:
-            examples, seed = self.splits["calibrate"], self._config.seed
-            found = learn(self.model, self._processor, examples, budget, seed=seed, max_stages=NUM_LEARNED, say=say)
-            return found.plan.to_dict()
+            found = learn(
+                self.model,
+                self._processor,
+                self.splits["calibrate"],
+                budget,
+                seed=self._config.seed,
+                steps=steps,
+                max_stages=NUM_LEARNED,
+                say=say,
+            )
+            return {"plan": found.plan.to_dict(), "cost": found.cost, "seconds": found.seconds}
 
-        return Plan.from_dict(self.kept(f"learned-{self._config.seed}-{NUM_LEARNED}-{budget:.3f}", compute))
+        return self.kept(f"learned-{self._config.seed}-{NUM_LEARNED}-{steps}-{budget:.3f}", compute)
 
     def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
         """Model inputs of examples drawn by the seed, in the order they came."""

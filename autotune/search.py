@@ -20,7 +20,7 @@ from autotune.certify import Interval
 from autotune.config import JobConfig
 from autotune.evaluation import Scores
 from autotune.latency_model import CPU_TILES, TILES, LatencyModel
-from autotune.objective import Told, rivals, steering
+from autotune.objective import Told, front, rivals, steering
 from autotune.racing import ERROR_RATE, Race
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
@@ -28,10 +28,10 @@ from autotune.space import Draw, SearchSpace, rescale
 from autotune.study import Study
 from btp import presets
 from btp.budget import fit_flops
-from btp.cost import image_token_flops, tokens_per_layer
+from btp.cost import DecoderShape, image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "like_learned", "summary", "title"]
+__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "in_stages", "learning_budget", "summary", "title"]
 
 DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
@@ -40,7 +40,7 @@ PUBLISHED = tuple(name for name in presets.SYSTEMS if name not in ("dense", "btp
 LEARNED = "learned by gradient"
 SPREAD_PROBES, LIMIT_PROBES = 9, 6  # plans measured to model the latency: all over the range, then at the limit
 FASTEST_PROBE, SLOWEST_PROBE = 0.2, 0.9  # of dense's multiplications
-SHARE_OF_SEEDS = 0.5  # of the trials
+SHARE_OF_SEEDS, SHARE_CLOSER = 0.5, 0.25  # of the trials
 MOST_TO_LEARN = 0.95  # of dense's FLOPs
 CLOSE = 0.015  # of the limit: left unspent by a plan whose like was measured, about what an interval is wide
 PROMISING = 0.03  # of the best merit: three points of accuracy, about what chance does on 300 questions
@@ -73,7 +73,7 @@ class Search:
         self._say("answering `select` with dense")
         self._bench.scores(DENSE, "select")
         while self._study.num_done < self._config.num_trials or self._study.has_fixed_plans:
-            if self._study.num_done < self._config.num_trials:
+            if not self._study.has_fixed_plans:
                 self._bring_closer()
             number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
             plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
@@ -134,23 +134,26 @@ class Search:
         return None if nearest is None else nearest.ratio / modelled[nearest.number]
 
     def _bring_closer(self) -> None:
-        """Have the last trial tried nearer to the limit, where it is among the best and not there yet, or just over it.
+        """Have the best trial that is not at the limit, or just over it, tried again nearer to it, if it has not been.
 
-        The model's margin is for plans that it does not know; what this one measured says how far it can go.
+        Of those on the front and those not far below its best. The model's margin is for plans that it does not know;
+        what this one measured says how far it can go. At most `SHARE_CLOSER` of the trials go that way.
         """
         told = self._study.told()
-        able = [t for t in told if t.feasible and t.complete and t.measured]
-        if not told or told[-1].name in CONTROLS or not told[-1].measured:
+        names, members = {t.name for t in told}, front(told)
+        if sum(CLOSER in name for name in names) >= SHARE_CLOSER * self._config.num_trials or not members:
             return
-        last = told[-1]
-        near = self.limit * (1 - 2 * CLOSE) < last.ratio_high <= self.limit or last.ratio > self.limit * (1 + FAR)
-        if near or last.merit < max((t.merit for t in able), default=0.0) - PROMISING:
-            return
-        closer = self._solved(self._scaled(last.plan), self.limit)
-        first = last.name.removesuffix(AGAIN).removesuffix(CLOSER) + CLOSER
-        names = [name for name in (first, first + AGAIN) if all(t.name != name for t in told)]
-        if names and self._study.same_as(self._key(closer)) is None:
-            self._study.enqueue(names[0], closer)
+        least = members[-1].merit - PROMISING
+        for t in sorted(told, key=lambda t: -t.merit):
+            near = self.limit * (1 - 2 * CLOSE) < t.ratio_high <= self.limit or t.ratio > self.limit * (1 + FAR)
+            first = t.name.removesuffix(AGAIN).removesuffix(CLOSER) + CLOSER
+            closer = first + AGAIN if t.name == first else first
+            if near or not t.measured or closer in names or t.name in CONTROLS:
+                continue
+            plan = self._solved(self._scaled(t.plan), self.limit)
+            if (t.merit >= least or t in members) and self._study.same_as(self._key(plan)) is None:
+                self._study.enqueue(closer, plan)
+                return
 
     def _flops(self, num_tokens: int) -> int:
         counts = (num_tokens,) * self._num_layers
@@ -180,7 +183,7 @@ class Search:
         self._study.note("limit", limit)
 
     def _seeds(self) -> dict[str, Plan]:
-        """What is tried before anything is drawn: the hand-set plan with its controls, the published, the registered.
+        """What is tried before anything is drawn: the hand-set plan, its controls, the published, the registered.
 
         These take `SHARE_OF_SEEDS` of the trials at most. The user's own plans and the learned one come as well,
         however many trials there are. Those that are over the limit by the latency model are shrunk until they are not.
@@ -194,6 +197,7 @@ class Search:
             **{name: control(scaled) for name, control in CONTROLS.items()},
             "hand-set, calibrated layers": self.at_limit(presets.btp_released(self._num_layers, layers=layers)),
         }
+        found["diversity in stages"] = self.at_limit(in_stages(self._num_layers))
         room = max(0, int(SHARE_OF_SEEDS * self._config.num_trials) - len(found))
         found |= {title(name): self.at_limit(self._system(name)) for name in PUBLISHED[:room]}
         known = list(self._study.notes["known"].items())[: max(0, room - len(PUBLISHED))]
@@ -202,15 +206,9 @@ class Search:
         return found | ({LEARNED: self._learned()} if self._config.learn else {})
 
     def _learned(self) -> Plan:
-        """Learned at the image tokens' FLOPs of a like plan that is at the limit, then brought to the limit itself."""
-        counts = tokens_per_layer(
-            self.latency.solve(rescale(like_learned(self._num_layers)), self.limit),
-            self._num_layers,
-            self._num_image_tokens,
-        )
-        share = flops_of(self._decoder, self._num_image_tokens)(counts)
-        found = self._bench.learned(min(round(share, 3), MOST_TO_LEARN), self._say)
-        return self.latency.solve(rescale(found), self.limit)
+        """Learned at the FLOPs that a like plan has at the limit, then brought to the limit itself."""
+        found = self._bench.learned(learning_budget(self.latency, self._decoder, self.limit), self._say)
+        return self.latency.solve(rescale(Plan.from_dict(found["plan"])), self.limit)
 
     def _within(self, plan: Plan) -> Plan:
         fits = self.latency.ratio(plan) <= self.limit / (1 + self.latency.error.margin)
@@ -315,11 +313,19 @@ def _selectors(plan: Plan) -> tuple[str, ...]:
     return tuple(stage.selector for stage in plan.stages if stage.keep)
 
 
-def like_learned(num_layers: int) -> Plan:
-    """A plan of as many stages as one that is learned for a latency limit: what share of FLOPs these leave."""
+def in_stages(num_layers: int) -> Plan:
+    """DivPrune's rule in as many stages as a learned plan has: what an expert would try after the published."""
     layers = (index * num_layers // NUM_LEARNED for index in range(NUM_LEARNED))
     stages = (Stage(layer=layer, keep=0.5 ** (index + 1), selector="diversity") for index, layer in enumerate(layers))
     return Plan(stages=tuple(stages))
+
+
+def learning_budget(latency: LatencyModel, decoder: DecoderShape, limit: float) -> float:
+    """Share of dense's image-token FLOPs at which to learn a plan for a latency ratio: that of `in_stages` there."""
+    num_tokens = latency.counts.num_image_tokens
+    like = latency.solve(rescale(in_stages(decoder.num_layers)), limit)
+    share = flops_of(decoder, num_tokens)(tokens_per_layer(like, decoder.num_layers, num_tokens))
+    return min(round(share, 3), MOST_TO_LEARN)
 
 
 def title(system: str) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import data, reference
-from autotune.bench import Bench
+from autotune.bench import LEARNING_STEPS, Bench
 from autotune.config import AutotuneError, JobConfig, Limit
 from autotune.data import Example
 from autotune.search import CONTROLS, DENSE
@@ -42,7 +42,6 @@ __all__ = ["SUBJECTS", "Options", "Subject", "gather", "main"]
 
 Splits = dict[str, list[Example]]
 SPACE = ROOT / "search_spaces" / "reference.yaml"
-LEARNING_SEED = 0
 SCHEDULES = ("btp_paper", HAND_SET, "fastv", "pyramiddrop")  # crossed with the selectors, beside two champions'
 NUM_CROSSED_CHAMPIONS = 2
 SMALL_SYSTEMS = ("btp_paper", HAND_SET, "vtw", "random", "uniform")
@@ -78,7 +77,7 @@ class Options:
     limits: tuple[float, ...]
     seeds: tuple[int, ...]
     trials: int
-    learning_steps: int = 120
+    learning_steps: int = LEARNING_STEPS
     systems: tuple[str, ...] | None = None
     selectors: tuple[str, ...] = CROSSED
 
@@ -149,8 +148,8 @@ def _at_limit(lab: Lab, options: Options, pace: Pace) -> dict[str, Any]:
         measured = lab.measure(told.plan)
         at_limit = AtLimit(plan=told.plan, measured=measured, rounds=(), reached=measured.value <= lab.limit)
         judge.row(f"tuned, seed {seed}", "tuned", at_limit, seed)
-    learned, learning = lab.learned(LEARNING_SEED, options.learning_steps)
-    judge.row("learned", "learned", learned, LEARNING_SEED)
+    learned, learning = lab.learned(options.learning_steps)
+    judge.row("learned", "learned", learned)
     crossed = dict(list(champions.items())[:NUM_CROSSED_CHAMPIONS])
     crossed |= {name: systems[name].plan for name in SCHEDULES if name in systems}
     return {
@@ -212,6 +211,7 @@ def _of(model: str, given: argparse.Namespace) -> tuple[JobConfig, Splits, Optio
         name=model,
         num_trials=given.trials,
         space=SPACE,
+        learn=not given.small,
     )
     if not given.small:
         return config, splits, options

@@ -10,19 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from autotune.bench import NUM_LEARNED, Bench
+from autotune.bench import Bench
 from autotune.certify import Interval, finalists
 from autotune.config import AutotuneError, JobConfig
-from autotune.evaluation import load_model
 from autotune.latency_model import LatencyModel
-from autotune.learn import learn
 from autotune.objective import Told
-from autotune.search import CONTROLS, Search, like_learned, summary
+from autotune.search import CONTROLS, Search, learning_budget, summary
 from autotune.space import SearchSpace, rescale
 from autotune.study import Study
 from btp import presets
 from btp.budget import fit_flops
-from btp.cost import image_token_flops, tokens_per_layer
+from btp.cost import image_token_flops
 from btp.plan import Plan
 
 __all__ = ["CALIBRATED", "HAND_SET", "TOLERANCE", "AtLimit", "Lab", "brought", "presets_of"]
@@ -170,30 +168,17 @@ class Lab:
             "but none does; raise the limit or the number of trials"
         )
 
-    def learned(self, seed: int, steps: int) -> tuple[AtLimit, dict[str, Any]]:
+    def learned(self, steps: int) -> tuple[AtLimit, dict[str, Any]]:
         """The gradient-learned plan at the limit, its layers and lambdas as learned, and how learning went.
 
-        Learned at the image-token FLOPs of a like plan that is modelled to be at the limit; its keep fractions alone
-        are then scaled until the measured ratio is there.
+        Learned as the search learns it; its keep fractions alone are then scaled until the measured ratio is there.
         """
-        share = self._flops_share(self._by_model(rescale(like_learned(self.num_layers)))(self.limit))
-
-        def compute() -> dict[str, Any]:
-            model, processor = load_model(self.config.model, self.config.device)
-            examples = self.bench.splits["calibrate"]
-            found = learn(model, processor, examples, share, seed=seed, steps=steps, max_stages=NUM_LEARNED)
-            return {"plan": found.plan.to_dict(), "cost": found.cost, "seconds": found.seconds, "budget": share}
-
-        kept = self.bench.kept(f"learned-{seed}-{NUM_LEARNED}-{steps}-{share:.4f}", compute)
+        budget = learning_budget(self.latency, self._decoder, self.limit)
+        kept = self.bench.learned(budget, lambda _: None, steps)
         plan = Plan.from_dict(kept["plan"])
         found = brought(self._by_model(rescale(plan)), self.limit, self.measure)
         self._done("learned", f"learned plan at {found.measured.value:.3f}")
         return found, kept
-
-    def _flops_share(self, plan: Plan) -> float:
-        """Of dense's image-token FLOPs; conditional stages count as skipped."""
-        counts = tokens_per_layer(plan, self.num_layers, self._num_image_tokens, conditional=False)
-        return self._flops(counts) / self._flops((self._num_image_tokens,) * self.num_layers)
 
     def study_summary(self, study: Study, seed: int, champion: Told) -> dict[str, Any]:
         """The study as raw numbers: its champion, how the search went, and every trial."""
