@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -224,23 +224,33 @@ class Bench:
     def running_scores(self, plan: Plan, split: str) -> Iterator[Scores]:
         """Scores on ever more of a split, look after look; what was computed once is not computed again."""
         parts: list[Scores] = []
-        for start, stop in pairwise((0, *self._stops(split))):
+        for start, stop in self._parts(split):
             parts.append(self._part(plan, split, start, stop))
             yield joined(parts)
+
+    def answers(self, plan: Plan) -> dict[str, Any]:
+        """The plan's scores on `select` as plain data, by the number of the sample that a part begins with."""
+        return {str(start): asdict(self._part(plan, "select", start, stop)) for start, stop in self._parts("select")}
+
+    def adopt(self, plan: Plan, answers: Mapping[str, Any]) -> None:
+        """Keep what `answers` gave elsewhere for the same weights and questions, as if the plan had answered here."""
+        for start, _ in self._parts("select"):
+            self.kept(_part_name(plan, "select", start), partial(answers.__getitem__, str(start)))
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""
         return self._evaluate()(plan, split, 0, None)
 
     def _part(self, plan: Plan, split: str, start: int, stop: int) -> Scores:
-        name = f"{split}-{start}-{plan.digest[:20]}"
+        name = _part_name(plan, split, start)
         kept = self.kept(name, lambda: asdict(self._evaluate()(plan, split, start, stop)))
         realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
         texts, numbers = tuple(kept["answers"]), (tuple(kept[name]) for name in ("scores", "kl", "nll"))
         return Scores(texts, next(numbers), realised, *numbers)
 
-    def _stops(self, split: str) -> tuple[int, ...]:
-        return self.looks if split == "select" else (len(self.splits[split]),)
+    def _parts(self, split: str) -> list[tuple[int, int]]:
+        """The samples that are answered together: from which number to before which."""
+        return list(pairwise((0, *(self.looks if split == "select" else (len(self.splits[split]),)))))
 
     def macro(self, plan: Plan, split: str) -> tuple[float, dict[str, float]]:
         """Mean over the tasks, and each task's mean."""
@@ -258,6 +268,10 @@ class Bench:
     def _make_table(self, split: str) -> ScoreTable:
         examples = self.splits[split]
         return ScoreTable([e.image_id for e in examples], [e.task for e in examples])
+
+
+def _part_name(plan: Plan, split: str, start: int) -> str:
+    return f"{split}-{start}-{plan.digest[:20]}"
 
 
 def _model_digest(source: str) -> str:

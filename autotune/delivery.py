@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from autotune.bench import Bench
 from autotune.certify import Certificate, Interval
 from autotune.config import AutotuneError, JobConfig, check_folder, check_sqlite
 from autotune.objective import Told
+from autotune.registered import ANSWERS
 from autotune.registry import Registry, Version
 from autotune.report import write_front
 from autotune.search import summary
@@ -26,7 +28,7 @@ from btp.profile import Profile, Workload
 __all__ = ["HEADINGS", "Outcome", "Row", "check_out", "deliver", "fresh_ratio", "registry_of"]
 
 HEADINGS = ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task")
-EVIDENCE = ("evidence.parquet", "trials.json", "front.png", "front.html")
+EVIDENCE = (ANSWERS, "evidence.parquet", "trials.json", "front.png", "front.html")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,12 +196,15 @@ def _write(
     certificate: Certificate | None,
 ) -> None:
     key = asdict(bench.key)
+    answers = json.dumps(bench.answers(champion.plan)).encode()
+    (config.out / ANSWERS).write_bytes(answers)
     tuned = next(row for row in rows if row.name == "tuned")
     evidence = {
         "study": study.name,
         "limit": str(config.limit),
         "data": bench.data_digests,
         "model_digest": bench.model_digest,
+        "answers": hashlib.sha256(answers).hexdigest(),
         "accuracy": {
             "select": {"macro": champion.score, "by_task": dict(champion.by_task)},
             "certify": {"macro": asdict(tuned.macro), "by_task": dict(tuned.by_task)},

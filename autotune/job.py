@@ -24,7 +24,7 @@ from autotune.study import Study
 from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["STEPS_AFTER", "Progress", "run"]
+__all__ = ["STEPS_AFTER", "Progress", "registered", "run"]
 
 Progress = Callable[[str, int, int, float | None], None]
 """Told of every step: what is going on, trials done, steps done, best feasible score so far."""
@@ -50,7 +50,7 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
         shutil.rmtree(bench.evaluations, ignore_errors=True)
     study = Study(config.out / "study.db", name, config.seed)
     say = _Reporter(study, config.num_trials, progress)
-    Search(config, bench, study, space, say).run(limit, _registered(config, bench))
+    Search(config, bench, study, space, say).run(limit, registered(config, bench))
     champion, certificate = _certified(bench, study, config, say)
     rows, minus = _compared(bench, study, champion, say)
     return deliver(config, bench, study, champion, rows, minus, say, began, certificate)
@@ -71,9 +71,18 @@ def _check_plans(config: JobConfig, bench: Bench) -> None:
         tokens_per_layer(Plan.load(path), bench.anatomy.identity.num_layers, bench.key.image_tokens)
 
 
-def _registered(config: JobConfig, bench: Bench) -> dict[str, Plan]:
-    """Plans that studies of this model have registered, for whatever device and data: where a search may start."""
-    known = registry_of(config).nearest(bench.anatomy.identity)
+def registered(config: JobConfig, bench: Bench) -> dict[str, Plan]:
+    """Plans that studies of this model have registered, for whatever device and data: where a search may start.
+
+    What these weights answered to these questions elsewhere is not asked again; only latency is measured here.
+    """
+    registry = registry_of(config)
+    known = registry.nearest(bench.anatomy.identity)
+    for each in known:
+        if each.answered(bench.model_digest, bench.data_digests["select"], bench.key.dtype) and (
+            answers := registry.answers(each)
+        ):
+            bench.adopt(each.plan, answers)
     return {f"{each.version.name} version {each.version.version}": each.plan for each in known}
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from autotune.config import AutotuneError
 from btp.errors import ProfileError
@@ -16,6 +15,7 @@ from btp.profile import DeviceKey, ModelIdentity, Profile
 from btp.sealed import canonical_json, sha256_of
 
 __all__ = [
+    "ANSWERS",
     "CERTIFIED",
     "PROFILE",
     "REASONS",
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 PROFILE = "profile/profile.json"  # in a run's artifacts
+ANSWERS = "select.json"  # in the folder `evidence` beside it
 CERTIFIED = "certified"
 REASONS = "reasons"
 MAX_TAG = 5000  # characters
@@ -65,8 +66,8 @@ class Version:
 class Known:
     """A registered profile of a model like the one that is to be tuned: where a new search may start.
 
-    Accuracy does not depend on the device, so on the same data and weights it holds; latency must be measured anew.
-    What a profile from before does not tell is empty.
+    Answers do not depend on the device, so the same weights in the same dtype give them to the same questions again;
+    latency must be measured anew. What a profile from before does not tell is empty.
     """
 
     version: Version
@@ -81,9 +82,9 @@ class Known:
         return self.profile.device
 
     @property
-    def accuracy(self) -> Mapping[str, Any]:
-        """By split: "macro", a number on `select` and an interval on `certify`, and "by_task"."""
-        return dict(self.profile.evidence.get("accuracy", {}))
+    def answers_digest(self) -> str:
+        """SHA-256 of the file `ANSWERS` among its evidence: what the plan answered to `select`, and how it scored."""
+        return str(self.profile.evidence.get("answers", ""))
 
     @property
     def data_digests(self) -> Mapping[str, str]:
@@ -94,6 +95,11 @@ class Known:
     def model_digest(self) -> str:
         """Of the weights: an identity tells a model's shape only."""
         return str(self.profile.evidence.get("model_digest", ""))
+
+    def answered(self, model_digest: str, questions: str, dtype: str) -> bool:
+        """Whether it was these weights, in this dtype, that answered these questions: a digest of `select`."""
+        told = (self.model_digest, self.data_digests.get("select"), self.device.dtype)
+        return bool(self.answers_digest) and told == (model_digest, questions, dtype)
 
 
 def stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> Profile:

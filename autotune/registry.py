@@ -13,6 +13,8 @@ This is the only file that imports MLflow, and it does so when a registry is fir
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -21,9 +23,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autotune.registered import (
+    ANSWERS,
     CERTIFIED,
     PROFILE,
     REASONS,
@@ -153,7 +156,7 @@ class Registry:
     def nearest(self, identity: ModelIdentity, num: int = 8) -> list[Known]:
         """The newest `num` profiles of models of this identity, of any device and name, newest first, without aliases.
 
-        Whether their accuracy holds is for the caller to tell, by `data_digests` and `model_digest`. A registry that
+        Whether their answers hold is for the caller to ask of `Known.answered`. A registry that
         is not there yet knows none. One that cannot be read, or was changed since, is left out with a warning: nobody
         should be kept from tuning by it.
         """
@@ -173,6 +176,23 @@ class Registry:
             if len(known) == num:
                 break
         return known
+
+    def answers(self, known: Known) -> Any:
+        """What the profile's plan answered to `select`, as it was registered; None, with a warning, where it is gone.
+
+        The bytes are checked against the digest in the profile, whose own the version was registered with.
+        """
+        try:
+            with tempfile.TemporaryDirectory() as staging, self._reported(f"read the answers of {known.version.uri}"):
+                stored = f"evidence/{ANSWERS}"
+                text = Path(self._client.download_artifacts(known.version.run_id, stored, staging)).read_bytes()
+        except (OSError, RegistryError) as error:
+            logger.warning("left out: %s", error)
+            return None
+        if hashlib.sha256(text).hexdigest() != known.answers_digest:
+            logger.warning("left out: the answers of %s were changed after it was registered", known.version.uri)
+            return None
+        return json.loads(text)
 
     def pull(self, name: str, alias: str, destination: Path) -> Path:
         """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).

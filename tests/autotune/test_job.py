@@ -16,8 +16,10 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfi
 from typer.testing import CliRunner
 
 import btp
-from autotune import reference
+from autotune import data, job, reference
+from autotune.bench import Bench
 from autotune.cli import app
+from autotune.config import JobConfig, Limit
 from autotune.registry import Registry
 from btp.errors import ProfileError
 from btp.plan import Plan
@@ -130,6 +132,32 @@ def test_the_registry_hands_the_profile_out_by_alias(finished: tuple[Path, dict[
     )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "again.json").read_bytes() == pulled.read_bytes()
+
+
+def test_on_another_device_the_registered_plan_is_measured_and_not_asked_again(
+    handed_in: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = finished
+    plan = Profile.load(out / "profile.json").plan
+    config = JobConfig(
+        model=str(handed_in / "model"),
+        data=handed_in / "data.jsonl",
+        limit=Limit.parse("prefill_p50<=0.9x"),
+        out=tmp_path,
+        space=Path(__file__).parents[2] / "search_spaces" / "reference.yaml",
+        name="model",
+        threads=1,
+        workers=1,
+        tracking_uri=f"sqlite:///{out / 'mlflow.db'}",
+    )
+    bench = Bench(config, data.load_splits(config.data), config.limit)
+    monkeypatch.setattr(bench, "_evaluate", lambda: pytest.fail("asked again"))
+    assert list(job.registered(config, bench).values()) == [plan]
+    told = {trial["name"]: trial for trial in json.loads((out / "trials.json").read_text())}
+    champion = next(trial for trial in told.values() if Plan.from_dict(trial["plan"]) == plan)
+    *_, scores = bench.running_scores(plan, "select")
+    assert len(scores.answers) == len(bench.splits["select"]) == champion["num_samples"]
+    assert sum(scores.kl) / len(scores.kl) == pytest.approx(champion["proxy"])
 
 
 def test_the_offline_page_needs_no_network(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """The registry on a real MLflow with a SQLite file: what goes in comes out, and nothing half-written stays."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ pytest.importorskip("mlflow")
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from autotune.registered import ANSWERS
 from autotune.registry import Registry, RegistryError, Version
 from btp.errors import ProfileError
 from btp.plan import Plan, Stage
@@ -363,7 +365,7 @@ def test_the_certificate_is_told_by_tags(registry: Registry, client: MlflowClien
 
 def test_profiles_of_the_same_model_are_found_on_any_device(registry: Registry, name: str, tmp_path: Path) -> None:
     evidence = {
-        "accuracy": {"select": {"macro": 0.9, "by_task": {"reading": 0.9}}},
+        "answers": "0123",
         "data": {"select": "abc"},
         "model_digest": "def",
     }
@@ -381,8 +383,12 @@ def test_profiles_of_the_same_model_are_found_on_any_device(registry: Registry, 
     newest, oldest = found
     assert newest.plan == Profile.load(there).plan
     assert newest.version.certified
-    assert (newest.accuracy, newest.data_digests, newest.model_digest) == tuple(evidence.values())
-    assert (oldest.accuracy, oldest.data_digests, oldest.model_digest) == ({}, {}, "")
+    assert (newest.answers_digest, newest.data_digests, newest.model_digest) == tuple(evidence.values())
+    assert (oldest.answers_digest, oldest.data_digests, oldest.model_digest) == ("", {}, "")
+    assert newest.answered("def", "abc", newest.device.dtype)
+    for other in (("xyz", "abc", newest.device.dtype), ("def", "xyz", newest.device.dtype), ("def", "abc", "float8")):
+        assert not newest.answered(*other)
+    assert not oldest.answered("", "", oldest.device.dtype)
     assert registry.nearest(Profile.load(old).model, num=1) == [newest]
     assert registry.nearest(ModelIdentity(architecture="O'Hara", num_layers=1, hidden_size=1, num_image_tokens=1)) == []
 
@@ -409,6 +415,24 @@ def test_a_damaged_profile_is_left_out_of_what_is_known_and_named(
     found = registry.nearest(Profile.load(tmp_path / "0.json").model)
     assert [known.version.version for known in found] == [sound.version]
     assert broken.uri in caplog.text
+
+
+def test_what_a_plan_answered_comes_back_unless_it_was_changed(
+    registry: Registry, client: MlflowClient, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = tmp_path / "answers"
+    answers.write_text('{"0": {"scores": [1.0]}}')
+    digest = hashlib.sha256(answers.read_bytes()).hexdigest()
+    profile = save_profile(tmp_path / "profile.json", 0, num_layers=51, answers=digest)
+    version = register(registry, name, profile, evidence={ANSWERS: answers})
+    (known,) = registry.nearest(Profile.load(profile).model)
+    assert registry.answers(known) == {"0": {"scores": [1.0]}}
+    stored = artifact(client, version).parents[1] / "evidence" / ANSWERS
+    stored.write_text('{"0": {"scores": [0.5]}}')
+    assert registry.answers(known) is None
+    assert f"the answers of {version.uri} were changed" in caplog.text
+    stored.unlink()
+    assert registry.answers(known) is None
 
 
 def test_a_registry_that_is_not_there_knows_no_profiles(tmp_path: Path) -> None:
