@@ -47,7 +47,20 @@ def handed_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     return [
         *("tune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--out", str(out)),
-        *("--limit", "prefill_p50<=0.9x", "--trials", "7", "--repeats", "6", "--threads", "1", "--json", *more),
+        *(
+            "--limit",
+            "prefill_p50<=0.9x",
+            "--trials",
+            "7",
+            "--repeats",
+            "6",
+            "--threads",
+            "1",
+            "--workers",
+            "1",
+            "--json",
+            *more,
+        ),
     ]
 
 
