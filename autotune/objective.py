@@ -49,9 +49,6 @@ class Guard:
             )
         return cls(float(found[1]))
 
-    def __str__(self) -> str:
-        return f"worst_task>={self.share:g}"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Told:

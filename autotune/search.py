@@ -31,7 +31,18 @@ from btp.budget import fit_flops
 from btp.cost import DecoderShape, image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["CONTROLS", "DENSE", "LEARNED", "PUBLISHED", "Search", "in_stages", "learning_budget", "summary", "title"]
+__all__ = [
+    "CONTROLS",
+    "DENSE",
+    "LEARNED",
+    "PUBLISHED",
+    "Search",
+    "in_stages",
+    "learning_budget",
+    "scaled",
+    "summary",
+    "title",
+]
 
 DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
@@ -99,20 +110,7 @@ class Search:
         return self._solved(self._scaled(plan), self.limit)
 
     def _scaled(self, plan: Plan) -> Callable[[float], Plan]:
-        num_tokens = len(plan.stages) + 1  # so many in every layer pay for a token of each stage
-        least, most = (self._flops(tokens) for tokens in (num_tokens, self._num_image_tokens))
-
-        def schedule(t: float) -> Plan:
-            return fit_flops(
-                plan,
-                max(least, most * math.exp(-t)),
-                num_layers=self._num_layers,
-                num_image_tokens=self._num_image_tokens,
-                hidden_size=self._decoder.hidden_size,
-                intermediate_size=self._decoder.intermediate_size,
-            )
-
-        return schedule
+        return scaled(plan, self._decoder, self._num_image_tokens)
 
     def _solved(self, schedule: Callable[[float], Plan], ratio: float) -> Plan:
         """The plan of a family that keeps most within a ratio, by the model and what plans like it have measured.
@@ -155,10 +153,6 @@ class Search:
                 self._study.enqueue(closer, plan)
                 return
 
-    def _flops(self, num_tokens: int) -> int:
-        counts = (num_tokens,) * self._num_layers
-        return image_token_flops(counts, self._decoder.hidden_size, self._decoder.intermediate_size)
-
     def _begin(self, limit: float) -> None:
         """What the whole study rests on, measured once: the latency model and the calibrated layers."""
         num_text_tokens = self._bench.key.prompt_tokens - self._num_image_tokens
@@ -190,11 +184,11 @@ class Search:
         """
         layers = tuple(self._study.notes["calibrated_layers"])
         hand_set = presets.btp_released(self._num_layers)
-        scaled = self.latency.solve(rescale(hand_set), self.limit)
+        at_limit = self.latency.solve(rescale(hand_set), self.limit)
         found = {
             "hand-set": hand_set,
-            "hand-set at limit": scaled,
-            **{name: control(scaled) for name, control in CONTROLS.items()},
+            "hand-set at limit": at_limit,
+            **{name: control(at_limit) for name, control in CONTROLS.items()},
             "hand-set, calibrated layers": self.at_limit(presets.btp_released(self._num_layers, layers=layers)),
         }
         found["diversity in stages"] = self.at_limit(in_stages(self._num_layers))
@@ -311,6 +305,21 @@ class Search:
 
 def _selectors(plan: Plan) -> tuple[str, ...]:
     return tuple(stage.selector for stage in plan.stages if stage.keep)
+
+
+def scaled(plan: Plan, decoder: DecoderShape, num_image_tokens: int) -> Callable[[float], Plan]:
+    """The same system scaled to exp(-t) of dense's FLOPs, keep fractions and layers alike, for `LatencyModel.solve`."""
+    sizes = {"hidden_size": decoder.hidden_size, "intermediate_size": decoder.intermediate_size}
+    num_tokens = len(plan.stages) + 1  # so many in every layer pay for a token of each stage
+    least, most = (
+        image_token_flops((tokens,) * decoder.num_layers, **sizes) for tokens in (num_tokens, num_image_tokens)
+    )
+
+    def schedule(t: float) -> Plan:
+        flops = max(least, most * math.exp(-t))
+        return fit_flops(plan, flops, num_layers=decoder.num_layers, num_image_tokens=num_image_tokens, **sizes)
+
+    return schedule
 
 
 def in_stages(num_layers: int) -> Plan:

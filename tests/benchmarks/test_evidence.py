@@ -21,7 +21,7 @@ from autotune.data import from_dataset
 from benchmarks import evidence, evidence_report
 from benchmarks.evidence_experiments import CROSSED, with_one_selector
 from benchmarks.evidence_findings import depth_lines, lambda_lines, variance_shares, weighted_stages
-from benchmarks.evidence_goals import TUNER, goals, tried_line
+from benchmarks.evidence_goals import OTHERS, TUNER, goals, tried_line
 from benchmarks.evidence_pace import Pace
 from benchmarks.evidence_plans import CALIBRATED, HAND_SET, ROUNDS, TOLERANCE, brought, presets_of
 from btp import presets
@@ -288,7 +288,7 @@ def test_hypervolume_is_read_from_the_search_benchmark(reached: list[int | None]
     raced = {"trials_to_target": reached}
     search = {
         "device": "a CPU",
-        "spaces": {"whole": {"searchers": {name: {"raced": raced} for name in (TUNER, f"{TUNER}, whole front")}}},
+        "spaces": {"whole": {"searchers": {name: {"raced": raced} for name in (TUNER, *OTHERS)}}},
     }
     goal = goals(made_up(0.05, 0.1, 0.96, 0.9), [search])[3]
     assert goal.met is met
