@@ -36,6 +36,7 @@ MAX_FINALISTS = 8
 DEFAULT_MARGIN = 0.02
 """Of macro accuracy: the least that about a thousand held-out questions can show, and less than the three points of GQA
 that BTP's paper gives up at 128 tokens."""
+LIKE = 0.01  # of the score: as good as the best, as far as a few hundred questions can tell
 NEAR = 0.1  # of the score: three standard errors of a difference on a selection split of about a hundred questions
 
 
@@ -174,7 +175,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 class Candidate(Protocol):
-    """A trial: its score on the selection split, and its measured latency ratio to dense."""
+    """A trial: score and KL divergence to dense on the selection split, and its measured latency ratio to dense."""
 
     @property
     def name(self) -> str: ...
@@ -182,6 +183,8 @@ class Candidate(Protocol):
     def plan(self) -> Plan: ...
     @property
     def score(self) -> float: ...
+    @property
+    def proxy(self) -> float: ...
     @property
     def ratio(self) -> float: ...
     @property
@@ -192,20 +195,31 @@ _Candidate = TypeVar("_Candidate", bound=Candidate)
 
 
 def finalists(told: Iterable[_Candidate], limit: float, num: int = MAX_FINALISTS) -> list[_Candidate]:
-    """At most `num` trials with plans of their own, best score first: the front's before any that is beaten.
+    """At most `num` trials with plans of their own, best first: the front's before any that is beaten.
+
+    Best are those within `LIKE` of the best score, nearest to dense first; then by score. The KL divergence varies less
+    from question to question. In 400 replays, each choosing among 24 good plans by 144 questions, that found plans 0.5
+    points better on the other 144 than the best score did; with 10 finished studies, 0.1 better on fresh questions.
 
     told: leave out what must not win, such as controls. limit: ratio; feasible trials within it are looked at. Those
     more than `NEAR` below the best score are none: they will not be within a margin of dense, and cost the others.
     """
-    ranked = sorted((t for t in told if t.feasible and t.ratio <= limit), key=lambda t: (-t.score, t.ratio))
+    able = [t for t in told if t.feasible and t.ratio <= limit]
+    best = max((t.score for t in able), default=0.0)
+
+    def place(trial: Candidate) -> tuple[bool, float, float, float]:
+        other = trial.score < best - LIKE
+        return other, 0.0 if other else trial.proxy, -trial.score, trial.ratio
+
+    ranked = sorted(able, key=place)
     distinct: dict[Plan, _Candidate] = {}
     for trial in ranked:
         distinct.setdefault(trial.plan, trial)
-    near = [t for t in distinct.values() if t.score >= ranked[0].score - NEAR]
+    near = [t for t in distinct.values() if t.score >= best - NEAR]
     fastest_before = accumulate((t.ratio for t in near), min, initial=math.inf)
     beaten = [t.ratio >= fastest for t, fastest in zip(near, fastest_before, strict=False)]
-    places = sorted(range(len(near)), key=lambda place: beaten[place])[:num]
-    return [near[place] for place in sorted(places)]
+    chosen = sorted(range(len(near)), key=lambda index: beaten[index])[:num]
+    return [near[index] for index in sorted(chosen)]
 
 
 def certify(

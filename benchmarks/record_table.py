@@ -1,9 +1,10 @@
-"""Record the table that the search benchmark replays: every plan of the grid, scored sample by sample.
+"""Record the table that the search benchmark replays: every plan of the grid, and what a job tries before it draws.
 
     python -m benchmarks.record_table [--most N]
 
-Plans are scored in a random order, so that a part of the table is a fair sample of it, and each is written at once to
-runs/search-table.jsonl, from which a killed run goes on. The table is packed once all of them are there.
+Plans are scored sample by sample, in a random order, so that a part of the table is a fair sample of it, and each is
+written at once to runs/search-table.jsonl, from which a killed run goes on. The table is packed once all of them are
+there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from autotune import racing, reference
 from autotune.data import Example, digest, from_dataset
 from autotune.evaluation import Evaluator, load_model, prompt_inputs
 from autotune.latency_model import LatencyModel
+from autotune.search import CONTROLS, PUBLISHED, in_stages, scaled
+from autotune.space import rescale
 from benchmarks.grid import GRID, LIMIT, digest_of
 from benchmarks.machine import ROOT
+from btp import presets
+from btp.cost import DecoderShape
 from btp.families import anatomy_of
 from btp.latency import device_key
 from btp.plan import Plan
@@ -46,6 +51,15 @@ def plans_of_cells(latency: LatencyModel) -> tuple[list[str], dict[str, Plan]]:
         cells.append(digest_of(plan, *sizes))
         plans.setdefault(cells[-1], plan)
     return cells, plans
+
+
+def plans_tried_first(latency: LatencyModel, decoder: DecoderShape) -> list[Plan]:
+    """What a job tries before it draws, as far as it needs no calibration: at the limit, in a job's order."""
+    num_layers, num_image_tokens = latency.counts.num_layers, latency.counts.num_image_tokens
+    hand_set = latency.solve(rescale(presets.btp_released(num_layers)), LIMIT)
+    systems = [in_stages(num_layers), *(presets.SYSTEMS[name].plan(num_layers) for name in PUBLISHED)]
+    at_limit = [latency.solve(scaled(plan, decoder, num_image_tokens), LIMIT) for plan in systems]
+    return [hand_set, *(control(hand_set) for control in CONTROLS.values()), *at_limit]
 
 
 def recorded() -> dict[str, dict[str, list[float]]]:
@@ -73,13 +87,19 @@ def record(evaluator: Evaluator, plans: dict[str, Plan], most: int | None) -> No
 
 
 def pack(
-    cells: Sequence[str], plans: dict[str, Plan], latency: LatencyModel, examples: Sequence[Example], device: str
+    cells: Sequence[str],
+    first: Sequence[str],
+    plans: dict[str, Plan],
+    latency: LatencyModel,
+    examples: Sequence[Example],
+    device: str,
 ) -> None:
     """Write the table; its first plan is dense."""
     rows = recorded()
     place = {name: number for number, name in enumerate(plans)}
     arrays: dict[str, Any] = {
         "cells": np.array([place[name] for name in cells], np.int16),
+        "first": np.array([place[name] for name in first], np.int16),
         "plans": np.array([plan.to_json() for plan in plans.values()]),
         "ratios": np.array([latency.ratio(plan) for plan in plans.values()]),
         "tasks": np.array([e.task for e in examples]),
@@ -104,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = (anatomy_of(model).decoder, key.image_tokens, key.prompt_tokens - key.image_tokens)
     latency = LatencyModel.from_flops(*sizes)
     cells, plans = plans_of_cells(latency)
+    tried_first = {
+        digest_of(plan, latency.counts.num_layers, latency.counts.num_image_tokens): plan
+        for plan in plans_tried_first(latency, sizes[0])
+    }
+    plans = {**plans, **{name: plan for name, plan in tried_first.items() if name not in plans}}
     print(f"{len(cells)} cells, {len(plans) - 1} plans within {LIMIT:g} of dense", file=sys.stderr)
     evaluator = Evaluator(model, processor, examples, racing.looks(len(examples)), PREFIX_BYTES)
     record(evaluator, plans, options.most)
@@ -111,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"{missing} plans are missing: run it again")
         return 1
-    pack(cells, plans, latency, examples, key.name)
+    pack(cells, list(tried_first), plans, latency, examples, key.name)
     print(TABLE)
     return 0
 

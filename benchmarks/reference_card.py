@@ -165,8 +165,9 @@ bf16) with other work beside it; wall-clock seconds.
 
 {recipe}
 
-The stages are described in `autotune/reference_135m/train.py`. These weights differ from what the command gives today
-in their first steps: those of `vision` ran before the script was finished, and `attend` began as a run of `joint`.
+The stages are described in `autotune/reference_135m/train.py`. These weights differ from what the command gives today:
+the first steps of `vision` ran before the script was finished, `attend` was begun as a run of `joint`, and the first
+540 steps of `joint` had a rate that was to fall over 2,000.
 """,
     ),
 }

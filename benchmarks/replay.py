@@ -17,20 +17,23 @@ __all__ = ["Errors", "Searcher", "errors_of_racing", "replay", "saved"]
 
 @dataclass(frozen=True, slots=True)
 class Searcher:
-    """A sampler, and whether it minimises the ratio beside the loss."""
+    """A sampler, whether it minimises the ratio beside the loss, and whether the published systems are tried first."""
 
     sampler: str
     whole_front: bool = False
+    published_first: bool = False
 
     def __str__(self) -> str:
-        return f"{self.sampler}, whole front" if self.whole_front else self.sampler
+        front, first = ", whole front" * self.whole_front, ", published first" * self.published_first
+        return f"{self.sampler}{front}{first}"
 
 
 def replay(table: Table, grid: Grid, searcher: Searcher, seed: int, num_trials: int, *, racing: bool) -> list[Told]:
     """The trials of one study, oldest first.
 
-    A sampler that learns is asked anew for what was tried, as a study asks; what it insists on is told again, and costs
-    nothing. Random search is plain: on so few plans it would be an exhaustive one without its repeats.
+    Those that are tried first are not draws: no sampler learns from them. A sampler that learns is asked anew for what
+    was tried, as a study asks; what it insists on is told again, and costs nothing. Random search is plain: on so few
+    plans it would be an exhaustive one without its repeats.
     """
     told: list[Told] = []
     first: dict[int, Told] = {}
@@ -38,9 +41,12 @@ def replay(table: Table, grid: Grid, searcher: Searcher, seed: int, num_trials: 
     def tried(draw: Draw) -> Told | None:
         return None if searcher.sampler == "random" else first.get(table.number(grid.cell(draw)))
 
+    fixed = table.first if searcher.published_first else ()
     for number in range(num_trials):
-        draw = next_draw(searcher.sampler, grid.ranges, told, seed, tried, whole_front=searcher.whole_front)
-        plan = table.number(grid.cell(draw))
+        draw = None
+        if number >= len(fixed):
+            draw = next_draw(searcher.sampler, grid.ranges, told, seed, tried, whole_front=searcher.whole_front)
+        plan = fixed[number] if draw is None else table.number(grid.cell(draw))
         if plan not in first:
             first[plan] = _raced(table, plan, told) if racing else table.told(plan)
         told.append(replace(first[plan], number=number, draw=draw))

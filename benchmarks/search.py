@@ -3,10 +3,11 @@
     python -m benchmarks.search [--small] [--seeds N] [--table FILE] [--out FILE] [--plot FILE]
 
 The table holds every plan of a grid over the reference search space (`benchmarks.grid`), scored sample by sample; a
-study of it asks, races and learns as a job's does, at the ratio of multiply-accumulates instead of a measured latency,
-and without the published plans that a job tries first. Hypervolume is the area between a front and the reference point
-(lowest score of the space, ratio 1), as a share of what all plans of the space have. Random search's hypervolume after
-400 trials, the median of the seeds, is what the others are timed against. Writes JSON and a picture.
+study of it asks, races and learns as a job's does, at the ratio of multiply-accumulates instead of a measured latency;
+`published first` tries what a job does before it draws, the others leave that out. Hypervolume is the area between a
+front and the reference point (lowest score of the space, ratio 1), as a share of what all plans of the space have.
+Random search's hypervolume after 400 trials, the median of the seeds, is what the others are timed against. Writes JSON
+and a picture.
 """
 
 from __future__ import annotations
@@ -43,16 +44,17 @@ FULL = Sizes(seeds=10, trials=100, long=LONG, checkpoints=(10, 20, WITHIN, 60, 1
 FEW = Sizes(seeds=1, trials=14, long=30, checkpoints=(10, 14))
 
 
-def searchers() -> list[Searcher]:
-    """Every sampler by the loss alone, and those that learn by the whole front as well."""
-    return [Searcher(name, whole) for name in SAMPLERS for whole in (False, True) if name in LEARNERS or not whole]
+def searchers(grid: Grid) -> list[Searcher]:
+    """Every sampler by the loss alone, those that learn by the whole front as well; on all plans, what a job does."""
+    plain = [Searcher(name, whole) for name in SAMPLERS for whole in (False, True) if name in LEARNERS or not whole]
+    return [*plain, Searcher(SAMPLERS[0], published_first=True)] if grid == GRID else plain
 
 
 def of_space(table: Table, grid: Grid, sizes: Sizes) -> dict[str, Any]:
     """Every searcher on one space, with racing and without."""
     plans = [table.told(number) for number in table.numbers(grid)]
     scale = Scale.of(plans)
-    plain = {searcher: replays(table, grid, searcher, sizes, racing=False) for searcher in searchers()}
+    plain = {searcher: replays(table, grid, searcher, sizes, racing=False) for searcher in searchers(grid)}
     target = median(scale.curve(told)[-1] for told in plain[Searcher("random")].studies)
     return {
         "settings": {name: list(levels) for name, levels in grid.free.items()},

@@ -13,7 +13,10 @@ ROWS = {"hypervolume": "share of the best hypervolume", "best_score": "best feas
 
 
 def write_curves(found: Mapping[str, Any], path: Path) -> None:
-    """Hypervolume and best score against trials, a column a space; dashed by the whole front, dotted with racing."""
+    """Hypervolume and best score against trials, a column a space; dashed by the whole front, dotted with racing.
+
+    Dash-dotted where the published systems are tried first.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -24,9 +27,10 @@ def write_curves(found: Mapping[str, Any], path: Path) -> None:
         for row, (quantity, label) in enumerate(ROWS.items()):
             axes = panels[row][column]
             for name, searcher in result["searchers"].items():
-                color, is_front = COLORS[name.split(",")[0]], "front" in name
+                color = COLORS[name.split(",")[0]]
+                style = "--" if "front" in name else "-." if "first" in name else "-"
                 curve = searcher["plain"][quantity]
-                axes.plot(range(1, len(curve) + 1), curve, "--" if is_front else "-", color=color, label=name)
+                axes.plot(range(1, len(curve) + 1), curve, style, color=color, label=name)
                 if name == "gp":
                     raced = searcher["raced"][quantity]
                     axes.plot(range(1, len(raced) + 1), raced, ":", color=color, label="gp, racing")

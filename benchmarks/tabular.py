@@ -27,13 +27,15 @@ TABLE = Path(__file__).parent / "tables" / "reference-vlm.npz"
 class Table:
     """Plans by number, 0 being dense, scored on samples in racing order.
 
-    cells: the number of every cell's plan, in the order of `GRID.cells`. ratios: multiply-accumulates to dense's.
-    tasks: of the samples. data: digest of the samples. device: where they were scored. scores, kl, nll: (plans,
-    samples); scores in [0, 1], KL(dense || pruned) and negative log-likelihood in nats a token.
+    cells: the number of every cell's plan, in the order of `GRID.cells`. first: the numbers of what a job tries before
+    it draws, in its order; some are no cell's. ratios: multiply-accumulates to dense's. tasks: of the samples. data:
+    digest of the samples. device: where they were scored. scores, kl, nll: (plans, samples); scores in [0, 1],
+    KL(dense || pruned) and negative log-likelihood in nats a token.
     """
 
     plans: tuple[Plan, ...]
     cells: NDArray[np.int64]
+    first: tuple[int, ...]
     ratios: NDArray[np.float64]
     tasks: tuple[str, ...]
     data: str
@@ -48,6 +50,7 @@ class Table:
             return cls(
                 plans=tuple(Plan.from_dict(json.loads(text)) for text in found["plans"].tolist()),
                 cells=found["cells"].astype(np.int64),
+                first=tuple(found["first"].tolist()),
                 ratios=found["ratios"],
                 tasks=tuple(found["tasks"].tolist()),
                 data=str(found["data"]),

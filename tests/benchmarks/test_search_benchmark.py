@@ -19,6 +19,7 @@ from autotune.ranges import Choice, Int
 from autotune.realised import realised_key
 from benchmarks import search
 from benchmarks.grid import GRID, LIMIT, Grid
+from benchmarks.record_table import plans_tried_first
 from benchmarks.replay import Searcher, errors_of_racing, replay, saved
 from benchmarks.search_summary import Scale, best_scores, trials_to
 from benchmarks.tabular import TABLE, Table, hypervolume
@@ -50,6 +51,7 @@ def made(scores, ratios):
     return Table(
         plans=(Plan(stages=()), *plans),
         cells=np.zeros(1, np.int64),
+        first=(),
         ratios=np.array(ratios),
         tasks=("counting",) * values.shape[1],
         data="",
@@ -100,10 +102,10 @@ def test_every_cell_has_the_plan_that_the_space_solves_it_to(table):
 
 def test_the_table_holds_every_plan_once_on_every_sample(table):
     num_plans = len(table.plans)
-    assert len(set(table.plans)) == num_plans > 400
+    assert len(set(table.plans)) == num_plans > 500
     assert table.plans[0] == Plan(stages=())
     assert table.cells.shape == (2592,)
-    assert set(table.cells.tolist()) == set(range(1, num_plans))
+    assert set(table.cells.tolist()) | set(table.first) == set(range(1, num_plans))
     assert table.scores.shape == table.kl.shape == table.nll.shape == (num_plans, 288)
     assert ((table.scores >= 0) & (table.scores <= 1)).all()
     assert (table.kl > -1e-3).all()
@@ -196,6 +198,20 @@ def test_a_replay_is_the_same_again_and_repeats_what_it_tried(table):
     assert all(replace(t, number=0, draw=None) == replace(full[t.plan], number=0, draw=None) for t in repeated)
 
 
+def test_what_a_job_tries_first_comes_first_and_is_no_draw(table):
+    latency = LatencyModel.from_flops(DECODER, NUM_IMAGE_TOKENS, NUM_TEXT_TOKENS)
+    tried = plans_tried_first(latency, DECODER)
+    kept = [realised_key(table.plans[number], 8, NUM_IMAGE_TOKENS) for number in table.first]
+    assert kept == list(dict.fromkeys(realised_key(plan, 8, NUM_IMAGE_TOKENS) for plan in tried))
+    assert all(table.ratios[number] <= LIMIT for number in table.first)
+    num_first = len(table.first)
+    told = replay(table, GRID, Searcher("qmc", published_first=True), 0, num_first + 5, racing=False)
+    assert [t.plan for t in told[:num_first]] == [table.plans[number] for number in table.first]
+    assert [t.draw is None for t in told] == [True] * num_first + [False] * 5
+    without = replay(table, GRID, Searcher("qmc"), 0, 5, racing=False)
+    assert [t.draw for t in told[num_first:]] == [t.draw for t in without]
+
+
 def test_who_learns_nothing_draws_the_same_with_racing_as_without(table):
     plain, raced = (replay(table, INSIDE, Searcher("random"), 3, 60, racing=racing) for racing in (False, True))
     assert [t.plan for t in plain] == [t.plan for t in raced]
@@ -242,8 +258,8 @@ def test_every_searcher_is_replayed_on_every_space(found):
     assert found["commit"] == "abc"
     assert set(found["spaces"]) == {"whole", "inside"}
     names = {f"{name}{whole}" for name in ("gp", "nsga2", "tpe") for whole in ("", ", whole front")} | {"qmc", "random"}
-    for space in found["spaces"].values():
-        assert space["searchers"].keys() == names
+    for name, space in found["spaces"].items():
+        assert space["searchers"].keys() == names | ({"gp, published first"} if name == "whole" else set())
         for row, how in itertools.product(space["searchers"].values(), ("plain", "raced")):
             curve = row[how]["hypervolume"]
             assert 0 < curve[-1] <= 1 + 1e-9
@@ -260,5 +276,5 @@ def test_the_target_is_what_random_search_has_in_the_end(found):
 
 def test_the_table_has_a_line_a_searcher_and_space(found):
     lines = search.table_of(found).splitlines()
-    assert len(lines) == 2 + 2 * 8
+    assert len(lines) == 2 + 2 * 8 + 1
     assert any(line.startswith("| inside | gp, whole front |") for line in lines)
