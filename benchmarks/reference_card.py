@@ -161,7 +161,7 @@ Measured by `python -m benchmarks.reference_card --model reference-135m`, which 
 ## Recipe and cost
 
 `python -m autotune.reference_135m.train --out DIR --compile`, one thread on a core of an Intel Xeon (Sapphire Rapids,
-bf16) with other work beside it; wall-clock seconds.
+bf16) with other work beside it, but two threads from step 360 of `joint` on; wall-clock seconds.
 
 {recipe}
 
