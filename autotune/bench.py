@@ -233,9 +233,14 @@ class Bench:
         return {str(start): asdict(self._part(plan, "select", start, stop)) for start, stop in self._parts("select")}
 
     def adopt(self, plan: Plan, answers: Mapping[str, Any]) -> None:
-        """Keep what `answers` gave elsewhere for the same weights and questions, as if the plan had answered here."""
-        for start, _ in self._parts("select"):
-            self.kept(_part_name(plan, "select", start), partial(answers.__getitem__, str(start)))
+        """Keep what `answers` gave elsewhere for the same weights and questions, as if the plan had answered here.
+
+        Parts that were cut otherwise, as by a version that looks after other numbers of samples, are left out.
+        """
+        for start, stop in self._parts("select"):
+            part = answers.get(str(start), {})
+            if len(part.get("scores", ())) == stop - start:
+                self.kept(_part_name(plan, "select", start), partial(dict, part))
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""
