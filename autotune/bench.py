@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from autotune.learn import Learned, learn
 from autotune.reference import WEIGHTS
 from autotune.schedule import flops_of
 from autotune.scores import joined
+from autotune.store import Database, Results
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
 from btp.device_state import bearable_share
 from btp.errors import PlanError
@@ -46,14 +48,21 @@ MIN_PAIRS_OF_A_TAIL = 60  # a 95th percentile of fewer is the maximum
 
 
 def measure_ratio(
-    model: Any, inputs: Mapping[str, Any], plan: Plan, limit: Limit, repeats: int, width: float | None = None
+    model: Any,
+    inputs: Mapping[str, Any],
+    plan: Plan,
+    limit: Limit,
+    repeats: int,
+    width: float | None = None,
+    note: Callable[[Sequence[float], Sequence[float]], None] = lambda dense_ms, pruned_ms: None,
 ) -> tuple[Interval, float]:
     """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds.
 
     Measures `repeats` pairs, and as many again, up to `MAX_ROUNDS` times, while the interval holds the limit and is
     wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word. With a width, it
     goes on while the interval is wider than that, wherever the limit is. Others may use the cores that this process
-    leaves free (`bearable_share`), which widens the interval; where they take more, raises BusyDeviceError.
+    leaves free (`bearable_share`), which widens the interval; where they take more, raises BusyDeviceError. note: told
+    the milliseconds of dense and of the plan, pair by pair, every time that some were measured.
     """
     dense_ms: list[float] = []
     pruned_ms: list[float] = []
@@ -65,6 +74,7 @@ def measure_ratio(
         blocks = measure(model, inputs, plan, repeats=repeats, max_others=max_others, min_warmup=least, max_warmup=most)
         dense_ms += blocks.dense_ms(metric)
         pruned_ms += blocks.pruned_ms(metric)
+        note(blocks.dense_ms(metric), blocks.pruned_ms(metric))
         interval = ratio_interval(dense_ms, pruned_ms, limit.share, CONFIDENCE)
         dense = percentile(dense_ms, 100 * limit.share)
         decided = width is None and not interval.low <= limit.ratio(dense) < interval.high
@@ -119,9 +129,10 @@ def learn_file(
 
 
 class Bench:
-    """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps scores on disk.
+    """Loads the model once; prepares a split's prompts and pictures when it is first scored; keeps what it found.
 
     splits: as handed in, but `select` in the order in which trials race over it. looks: after how many of its samples.
+    pulse: called from time to time while it works, for whoever wants a sign of life; what it raises ends the work.
     """
 
     def __init__(self, config: RunConfig, splits: Mapping[str, Sequence[Example]], limit: Limit) -> None:
@@ -137,26 +148,37 @@ class Bench:
         self.key = device_key(self.model, self._inputs)
         self.data_digests = {name: data.digest(splits[name]) for name in data.SPLITS}
         self.model_digest = _model_digest(config.model)
-        identity = [self.model_digest, *self.data_digests.values(), str(self.key), str(config.workers)]
+        identity = [self.model_digest, *self.data_digests.values(), str(self.key)]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self.evaluations = config.out / "evaluations" / self.digest[:16]
+        self.database = Database(config.database)
+        self.results = Results(self.database, self.digest)
+        self.pulse: Callable[[], None] = lambda: None
+        self._in_memory: dict[str, Scores] = {}
         self._evaluate = cache(self._make_evaluator)
         self.table = cache(self._make_table)
 
     def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
         """Measured latency ratio to dense, and dense's milliseconds, with `effort` times the usual pairs."""
-        return measure_ratio(self.model, self._inputs, plan, self._limit, effort * self._config.repeats)
+        return self._measured(plan, effort * self._config.repeats)
 
     def kept_ratio(self, plan: Plan) -> tuple[Interval, float]:
         """The measured latency ratio to a width of `SHARP`, and dense's milliseconds; measured once, also over runs."""
 
         def compute() -> dict[str, Any]:
-            repeats = self._config.repeats
-            ratio, dense_ms = measure_ratio(self.model, self._inputs, plan, self._limit, repeats, SHARP)
+            ratio, dense_ms = self._measured(plan, self._config.repeats, SHARP)
             return {"ratio": asdict(ratio), "dense_ms": dense_ms}
 
-        found = self.kept(f"latency-{self._config.repeats}-{plan.digest[:20]}", compute)
+        found = self.results.once(f"latency-{self._limit}-{self._config.repeats}-{plan.digest[:20]}", compute)
         return Interval(**found["ratio"]), found["dense_ms"]
+
+    def _measured(self, plan: Plan, repeats: int, width: float | None = None) -> tuple[Interval, float]:
+        def note(dense_ms: Sequence[float], pruned_ms: Sequence[float]) -> None:
+            self.pulse()
+            if self.database.exists:  # what is measured before there is a study leaves no trace
+                self.results.measured(asdict(self.key), plan.digest, str(self._limit), dense_ms, pruned_ms)
+
+        self.pulse()
+        return measure_ratio(self.model, self._inputs, plan, self._limit, repeats, width, note)
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         """Stage layers right after the peaks of the cosine shift on `calibrate`, as BTP finds them."""
@@ -177,6 +199,10 @@ class Bench:
         As "plan", its "cost" as such a share, and the "seconds" that it took.
         """
 
+        def say_alive(what: str) -> None:
+            self.pulse()
+            say(what)
+
         def compute() -> dict[str, Any]:
             found = learn(
                 self.model,
@@ -186,11 +212,11 @@ class Bench:
                 seed=self._config.seed,
                 steps=steps,
                 max_stages=NUM_LEARNED,
-                say=say,
+                say=say_alive,
             )
             return {"plan": found.plan.to_dict(), "cost": found.cost, "seconds": found.seconds}
 
-        return self.kept(f"learned-{self._config.seed}-{NUM_LEARNED}-{steps}-{budget:.3f}", compute)
+        return self.results.once(f"learned-{self._config.seed}-{NUM_LEARNED}-{steps}-{budget:.3f}", compute)
 
     def _batches(self, examples: Sequence[Example], num_samples: int, size: int) -> Iterator[dict[str, Any]]:
         """Model inputs of examples drawn by the seed, in the order they came."""
@@ -205,16 +231,6 @@ class Bench:
         inputs = prompt_inputs(self._processor, [ordered[len(ordered) // 2]], self._config.device)
         key = device_key(self.model, inputs)
         return key.prompt_tokens - key.image_tokens
-
-    def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` found, as JSON under `name` on disk: computed once, also over several runs."""
-        self.evaluations.mkdir(parents=True, exist_ok=True)
-        path = self.evaluations / f"{name}.json"
-        if not path.exists():
-            path.with_suffix(".tmp").write_text(json.dumps(compute()), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
 
     def scores(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a whole split; computed once, also over several runs of the job."""
@@ -240,7 +256,7 @@ class Bench:
         for start, stop in self._parts("select"):
             part = answers.get(str(start), {})
             if len(part.get("scores", ())) == stop - start:
-                self.kept(_part_name(plan, "select", start), partial(dict, part))
+                self.results.answers(_part_name(plan, "select", start), partial(_scores, part))
 
     def scores_anew(self, plan: Plan, split: str) -> Scores:
         """Scores of a plan on a split, whatever is kept."""
@@ -248,10 +264,20 @@ class Bench:
 
     def _part(self, plan: Plan, split: str, start: int, stop: int) -> Scores:
         name = _part_name(plan, split, start)
-        kept = self.kept(name, lambda: asdict(self._evaluate()(plan, split, start, stop)))
-        realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
-        texts, numbers = tuple(kept["answers"]), (tuple(kept[name]) for name in ("scores", "kl", "nll"))
-        return Scores(texts, next(numbers), realised, *numbers)
+        if name not in self._in_memory:
+            self._in_memory[name] = self.results.answers(name, lambda: self._answered(plan, split, start, stop))
+        return self._in_memory[name]
+
+    def _answered(self, plan: Plan, split: str, start: int, stop: int) -> Scores:
+        scores = self._evaluate()(plan, split, start, stop)
+        broken = [index for index, kl in enumerate(scores.kl) if not math.isfinite(kl)]
+        if broken:
+            question = self.splits[split][start + broken[0]].question
+            raise ArithmeticError(
+                f"the KL divergence to dense must be a number, got {scores.kl[broken[0]]} on {len(broken)} of "
+                f"{len(scores.kl)} questions of {split}, such as {question!r}; the model overflows in {self.key.dtype}"
+            )
+        return scores
 
     def _parts(self, split: str) -> list[tuple[int, int]]:
         """The samples that are answered together: from which number to before which."""
@@ -265,14 +291,26 @@ class Bench:
     def _make_evaluator(self) -> Callable[[Plan, str, int, int | None], Scores]:
         """Several processes on a CPU; on a GPU, or for one worker, the model that is here already."""
         steps = {"select": self.looks}
-        if self._config.device == "cpu" and self._config.workers > 1:
-            return EvaluatorPool(self._config.model, self.splits, self._config.workers, steps)
-        prepared = cache(lambda split: Evaluator(self.model, self._processor, self.splits[split], steps.get(split, ())))
+        if self._config.device == "cpu" and self._config.answerers > 1:
+            return EvaluatorPool(self._config.model, self.splits, self._config.answerers, steps, lambda: self.pulse())
+
+        @cache
+        def prepared(split: str) -> Evaluator:
+            examples = self.splits[split]
+            return Evaluator(self.model, self._processor, examples, steps.get(split, ()), pulse=lambda: self.pulse())
+
         return lambda plan, split, start, stop: prepared(split)(plan, start, stop)
 
     def _make_table(self, split: str) -> ScoreTable:
         examples = self.splits[split]
         return ScoreTable([e.image_id for e in examples], [e.task for e in examples])
+
+
+def _scores(kept: Mapping[str, Any]) -> Scores:
+    """Out of plain data, as a registered profile has it."""
+    realised = tuple((tuple(counts), num) for counts, num in kept["realised"])
+    columns = {name: tuple(kept[name]) for name in ("answers", "scores", "kl", "nll")}
+    return Scores(realised=realised, **columns)
 
 
 def _part_name(plan: Plan, split: str, start: int) -> str:

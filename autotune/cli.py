@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from autotune.config import AutotuneError, CompareConfig, JobConfig, Limit
-from autotune.console import bar, errors, plain, print_tables
+from autotune.config import STORAGE, AutotuneError, CompareConfig, JobConfig, Limit
+from autotune.console import bar, errors, plain, print_tables, stderr
 from autotune.options import (
     CORES,
+    AnswerersOption,
     DataOption,
     DebugOption,
     DeviceOption,
@@ -30,10 +33,14 @@ from autotune.options import (
     RepeatsOption,
     SamplerOption,
     SeedOption,
+    StorageOption,
     ThreadsOption,
     TrialsOption,
     WorkersOption,
 )
+
+if TYPE_CHECKING:
+    from autotune.job import Pool
 
 app = typer.Typer(
     add_completion=False,
@@ -50,7 +57,7 @@ def demo(
     trials: TrialsOption = 40,
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
-    workers: WorkersOption = 0,
+    workers: WorkersOption = 1,
     repeats: RepeatsOption = 12,
     sampler: SamplerOption = "gp",
     guard: GuardOption = "",
@@ -58,6 +65,7 @@ def demo(
     num_finalists: FinalistsOption = 4,
     learn: LearnOption = False,
     fresh: FreshOption = False,
+    storage: StorageOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -76,15 +84,16 @@ def demo(
             space=_default_space(),
             repeats=repeats,
             threads=threads,
-            workers=workers or CORES,
+            answerers=CORES,
             fresh=fresh,
+            storage=storage,
             sampler=sampler,
             guard=_guard(guard),
             margin=margin,
             num_finalists=num_finalists,
             learn=learn,
         )
-        _run_job(config, as_json)
+        _run_job(config, as_json, _pool(workers, CORES))
 
 
 @app.command()
@@ -97,7 +106,9 @@ def tune(
     trials: TrialsOption = 40,
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
-    workers: WorkersOption = 0,
+    workers: WorkersOption = 1,
+    ray: Annotated[str, typer.Option(help="Have Ray place the workers: address of its cluster, or auto.")] = "",
+    gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="GPUs that Ray gives to each worker.")] = 0.0,
     repeats: RepeatsOption = 12,
     sampler: SamplerOption = "gp",
     guard: GuardOption = "",
@@ -108,6 +119,7 @@ def tune(
     fresh: FreshOption = False,
     space: Annotated[Path | None, typer.Option(help="Search space YAML; default: the one that comes along.")] = None,
     device: DeviceOption = "cpu",
+    storage: StorageOption = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -125,8 +137,9 @@ def tune(
             space=space or _default_space(),
             repeats=repeats,
             threads=threads,
-            workers=workers or (CORES if device == "cpu" else 1),
+            answerers=CORES if device == "cpu" else 1,
             fresh=fresh,
+            storage=storage,
             tracking_uri=registry,
             device=device,
             sampler=sampler,
@@ -136,7 +149,36 @@ def tune(
             learn=learn,
             plans=tuple(plan or ()),
         )
-        _run_job(config, as_json)
+        _run_job(config, as_json, _pool(workers, CORES if device == "cpu" else workers, ray, gpus_per_worker))
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Option(help="Name of the study, as autotune tune prints it.")],
+    storage: Annotated[str, typer.Option(envvar=STORAGE, help="Database of the study; best through the variable.")],
+    model: Annotated[str | None, typer.Option(help="Where the model lies here, if elsewhere than there.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the questions lie here, if elsewhere than there.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device here, if another than there.")] = None,
+    answerers: Annotated[
+        int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core.")
+    ] = 0,
+    until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Try trials of a running study, on any host, until it has them all; Ctrl-C hands the current one back."""
+    with errors(debug):
+        from autotune import worker as workers
+
+        if until_stdin_closes:
+            workers.stop_with_parent()
+        here = workers.Overrides(model=model, data=data, device=device, answerers=answerers or CORES)
+        with workers.stopping() as stop:
+            try:
+                told = workers.serve(storage, study, here, stop, stderr.print)
+            except workers.StoppedError:
+                stderr.print("stopped; the trial it was at was handed back")
+                return
+        stderr.print(f"done: {told} trials told by this worker")
 
 
 @app.command()
@@ -156,7 +198,7 @@ def compare(
     ] = Path("runs/compare"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of calibration samples.")] = 0,
     threads: ThreadsOption = 1,
-    workers: WorkersOption = 0,
+    workers: AnswerersOption = 0,
     repeats: RepeatsOption = 12,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew: forget this comparison's scores.")] = False,
     device: DeviceOption = "cpu",
@@ -179,7 +221,7 @@ def compare(
             seed=seed,
             repeats=repeats,
             threads=threads,
-            workers=workers or (CORES if device == "cpu" else 1),
+            answerers=workers or (CORES if device == "cpu" else 1),
             fresh=fresh,
             device=device,
         )
@@ -290,9 +332,23 @@ def _default_space() -> Path:
     return inside if inside.exists() else Path(__file__).parents[1] / "search_spaces" / "reference.yaml"
 
 
-def _run_job(config: JobConfig, as_json: bool) -> None:
+def _pool(num_workers: int, cores: int, ray: str = "", gpus: float = 0.0) -> Pool | None:
+    """Who tries the trials; None for this process itself."""
+    if ray:
+        from autotune.ray_pool import RayPool
+
+        return RayPool(num_workers=num_workers, address=ray, gpus_per_worker=gpus)
+    if num_workers == 1:
+        return None
+    from autotune.worker import LocalPool
+
+    return LocalPool(num_workers, cores)
+
+
+def _run_job(config: JobConfig, as_json: bool, pool: Pool | None) -> None:
     from autotune import data, delivery, job
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whatever is being tried is handed back
     with bar() as progress:
         line = progress.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
 
@@ -300,7 +356,7 @@ def _run_job(config: JobConfig, as_json: bool) -> None:
             told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
             progress.update(line, description=what, completed=steps, told=told)
 
-        outcome = job.run(config, data.load_splits(config.data), show)
+        outcome = job.run(config, data.load_splits(config.data), show, pool)
     if as_json:
         print(json.dumps(outcome.to_dict()))
     else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -50,7 +49,7 @@ def run(config: CompareConfig, splits: Mapping[str, Sequence[Example]], progress
     say("loading the model")
     bench = Bench(config, splits, PREFILL)
     if config.fresh:
-        shutil.rmtree(bench.evaluations, ignore_errors=True)
+        bench.results.forget()
     say("calibrating")
     layers, withdrawal = _calibrate(config, bench)
     say("answering with dense")
@@ -98,10 +97,10 @@ def _calibrate(config: CompareConfig, bench: Bench) -> tuple[tuple[int, ...] | N
     layers = withdrawal = None
     if set(config.systems) & set(CALIBRATED):
         num_stages = len(presets.btp_paper(bench.anatomy.decoder.num_layers).stages)
-        kept = bench.kept(f"calibration-{config.seed}", lambda: {"layers": bench.calibrated_layers(num_stages)})
+        kept = bench.results.once(f"calibration-{config.seed}", lambda: {"layers": bench.calibrated_layers(num_stages)})
         layers = tuple(kept["layers"])
     if "vtw" in config.systems:
-        kept = bench.kept(f"withdrawal-{config.seed}", lambda: {"layer": bench.withdrawal_layer()})
+        kept = bench.results.once(f"withdrawal-{config.seed}", lambda: {"layer": bench.withdrawal_layer()})
         withdrawal = kept["layer"]
     return layers, withdrawal
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from btp.presets import SYSTEMS
 
 __all__ = [
     "MIN_TRIALS",
+    "STORAGE",
     "AutotuneError",
     "CompareConfig",
     "JobConfig",
@@ -22,6 +24,8 @@ __all__ = [
     "check_sqlite",
 ]
 
+STORAGE = "AUTOTUNE_STORAGE"
+"""The variable with the database's address: a command line, and a password in it, is for all to read."""
 MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
 
@@ -84,7 +88,11 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A model, its data and its device. data: None stands for the reference VLM's. seed: of every draw."""
+    """A model, its data and its device. data: None stands for the reference VLM's. seed: of every draw.
+
+    answerers: processes that answer questions, one thread each. storage: address of the database; None for the one
+    in `out`.
+    """
 
     model: str
     data: Path | None
@@ -92,9 +100,18 @@ class RunConfig:
     seed: int = 0
     repeats: int = 12
     threads: int = 1
-    workers: int = 1
+    answerers: int = 1
     fresh: bool = False
     device: str = "cpu"
+    storage: str | None = None
+
+    @property
+    def database(self) -> str:
+        """Address of the database."""
+        return self.storage or f"sqlite:///{self.out / 'study.db'}"
+
+
+_FOR_WORKERS = ("model", "name", "seed", "repeats", "threads", "device", "num_trials", "sampler", "guard")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +134,30 @@ class JobConfig(RunConfig):
     plans: tuple[Path, ...] = ()
     learn: bool = False
     tracking_uri: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that a worker has to know to try trials, as plain data; the search space as it stands in its file."""
+        kept = {name: getattr(self, name) for name in _FOR_WORKERS}
+        return {
+            **kept,
+            "data": None if self.data is None else str(self.data.resolve()),
+            "limit": str(self.limit),
+            "space": self.space.read_text(encoding="utf-8"),
+        }
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any], folder: Path, storage: str) -> Self:
+        """As `to_dict` wrote it. folder: where the search space is written to, and what else a worker writes."""
+        space = folder / "space.yaml"
+        space.write_text(kept["space"], encoding="utf-8")
+        return cls(
+            **{name: kept[name] for name in _FOR_WORKERS},
+            data=None if kept["data"] is None else Path(kept["data"]),
+            limit=Limit.parse(kept["limit"]),
+            space=space,
+            out=folder,
+            storage=storage,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,5 +203,5 @@ class CompareConfig(RunConfig):
         if self.systems != tuple(SYSTEMS):
             words += ["--systems", ",".join(self.systems)]
         options = {"out": self.out, "split": self.split, "seed": self.seed, "repeats": self.repeats}
-        options |= {"threads": self.threads, "workers": self.workers, "device": self.device}
+        options |= {"threads": self.threads, "workers": self.answerers, "device": self.device}
         return shlex.join([*words, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])

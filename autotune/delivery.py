@@ -165,7 +165,7 @@ def deliver(
     if met and reproduced and profile.certified:
         version = registry.promote(version)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
-    names = ("profile.json", "pulled.json", *EVIDENCE, "study.db", "evaluations", *local)
+    names = ("profile.json", "pulled.json", *EVIDENCE, *(("study.db",) if config.storage is None else ()), *local)
     return Outcome(
         study=study.name,
         limit=str(config.limit),

@@ -28,6 +28,7 @@ from autotune.prompts import load_model, prompt_inputs
 from autotune.proxy import DenseAnswers, Outcome
 from autotune.scores import Realised, Scores, in_order, joined
 from autotune.tasks import SCORERS
+from btp.device_lock import computing
 from btp.plan import Plan
 from btp.prefix import resume
 from btp.selection import PICTURE_ONLY
@@ -35,6 +36,7 @@ from btp.selection import PICTURE_ONLY
 __all__ = ["Evaluator", "EvaluatorPool", "Scores", "is_conditional", "load_model", "prompt_inputs"]
 
 BATCH_SIZE = 16
+PULSE_S = 1.0
 NUM_SPARE_TOKENS = 4  # that an answer may be longer than the longest expected one of its task
 
 Segment = tuple[int, int]  # examples from one step to the next
@@ -72,7 +74,9 @@ class Evaluator:
         steps: Sequence[int] = (),
         prefix_bytes: int | None = None,
         expected: Collection[tuple[str, str]] = (),
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
+        self._pulse = pulse
         self._model, self._processor, self.examples = model, processor, tuple(examples)
         self._steps = _all_steps(steps, len(self.examples))
         self._prompts = Prompts(model, processor, self.examples)
@@ -108,7 +112,9 @@ class Evaluator:
         batches = list(enumerate(self._batches(segment, kind)))
         with torch.inference_mode(), btp.prune(self._model, plan) as trace:
             for number, batch in reversed(batches) if self._backwards else batches:
+                self._pulse()
                 with ExitStack() as resumed:
+                    resumed.enter_context(computing(self._model.device))
                     if plan.stages and kind != "one by one":
                         prefix = resumed.enter_context(self.prefixes.borrowed((segment, kind, number)))
                         resumed.enter_context(resume(self._model, plan, prefix))
@@ -172,7 +178,7 @@ class EvaluatorPool:
     Two single-threaded processes beat one with two threads, and do not fall over when something else needs a core.
     Each holds one copy of the model and prepares a split when it is first asked for. They idle while nobody asks, so a
     latency measured in between is undisturbed, and end with this process, however it ends. steps: as an `Evaluator`'s,
-    by split; none for a split that is not there.
+    by split; none for a split that is not there. pulse: called every second or so, as an `Evaluator`'s.
     """
 
     def __init__(
@@ -181,7 +187,9 @@ class EvaluatorPool:
         splits: Mapping[str, Sequence[Example]],
         num_workers: int,
         steps: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
+        self._pulse = pulse
         self._shards = {name: _shards(examples, num_workers) for name, examples in splits.items()}
         self._steps = {name: _all_steps(steps.get(name, ()), len(examples)) for name, examples in splits.items()}
         prefix_bytes = int(MEMORY_SHARE * free_bytes("cpu")) // (num_workers * len(splits))
@@ -207,7 +215,7 @@ class EvaluatorPool:
         try:
             for pipe, own in zip(self._pipes, bounds, strict=True):
                 pipe.send((plan, split, *own))
-            parts = [pipe.recv() for pipe in self._pipes]
+            parts = self._received()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             raise AutotuneError(
                 "a worker process must live until the job ends, but one died; if memory ran out, use fewer --workers, "
@@ -218,6 +226,21 @@ class EvaluatorPool:
                 raise part
         shards = [shard[slice(*own)] for shard, own in zip(self._shards[split], bounds, strict=True)]
         return in_order(parts, [sample for shard in shards for sample in shard])
+
+    def _received(self) -> list[Any]:
+        """What every worker sends. Whatever the pulse raises, all has been received: the next call gets its own."""
+        interrupted: BaseException | None = None
+        for pipe in self._pipes:
+            while not pipe.poll(PULSE_S):
+                try:
+                    self._pulse()
+                except BaseException as error:
+                    interrupted = interrupted or error
+                    break
+        parts = [pipe.recv() for pipe in self._pipes]
+        if interrupted is not None:
+            raise interrupted
+        return parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from autotune.bench import Bench
 from autotune.certify import Certificate, Interval, ScoreTable, certify, finalists
@@ -24,17 +25,24 @@ from autotune.study import Study
 from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan, Stage
 
-__all__ = ["STEPS_AFTER", "Progress", "registered", "run"]
+__all__ = ["STEPS_AFTER", "Pool", "Progress", "identity", "registered", "run", "study_name"]
 
 Progress = Callable[[str, int, int, float | None], None]
 """Told of every step: what is going on, trials done, steps done, best feasible score so far."""
+Pool = Callable[[Study, JobConfig, Callable[[str], None]], None]
+"""Has workers try the trials of a study that is open, and returns when it has them all; says so from time to time."""
 STEPS_AFTER = 22  # what is said between the last trial and the end, for the time left
 
 FASTEST = Plan(stages=(Stage(layer=0, keep=0.0, selector="uniform"),))
 
 
-def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Progress) -> Outcome:
-    """Tune `config.model` on the splits. Raises AutotuneError, BTPError or RegistryError for what a user can mend."""
+def run(
+    config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Progress, pool: Pool | None = None
+) -> Outcome:
+    """Tune `config.model` on the splits. Raises AutotuneError, BTPError or RegistryError for what a user can mend.
+
+    pool: has others try the trials; without one this process does.
+    """
     began = time.monotonic()
     space = SearchSpace.load(config.space)
     progress("loading the model", 0, 0, None)
@@ -44,13 +52,21 @@ def run(config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Pr
     _check_plans(config, bench)
     progress("measuring dense", 0, 0, None)
     limit = _feasible_limit(bench, config)
-    name = _study_name(bench, config, space)
+    name = study_name(bench, config, space)
     if config.fresh:  # only this study and its scores; the registry keeps its history
-        Study.forget(config.out / "study.db", name)
-        shutil.rmtree(bench.evaluations, ignore_errors=True)
-    study = Study(config.out / "study.db", name, config.seed)
+        Study.forget(bench.database, name)
+        bench.results.forget()
+    study = Study(bench.database, name, config.seed)
     say = _Reporter(study, config.num_trials, progress)
-    Search(config, bench, study, space, say).run(limit, registered(config, bench))
+    search = Search(config, bench, study, space, say)
+    search.prepare(limit, registered(config, bench))
+    study.leases.open({"settings": config.to_dict(), "fits": identity(bench)}, config.num_trials)
+    if pool is None:
+        search.run()
+    else:
+        pool(study, config, say)
+    study.leases.close()
+    search.finish()
     champion, certificate = _certified(bench, study, config, say)
     rows, minus = _compared(bench, study, champion, say)
     return deliver(config, bench, study, champion, rows, minus, say, began, certificate)
@@ -86,6 +102,15 @@ def registered(config: JobConfig, bench: Bench) -> dict[str, Plan]:
     return {f"{each.version.name} version {each.version.version}": each.plan for each in known}
 
 
+def identity(bench: Bench) -> dict[str, Any]:
+    """What a worker's model, data and device have to be for it to be of use: accuracy depends on the first two."""
+    return {
+        "model": bench.model_digest,
+        **{f"data, {split}": digest for split, digest in bench.data_digests.items()},
+        **asdict(bench.key),
+    }
+
+
 class _Reporter:
     """Turns steps into progress: a step a trial, then a step a saying."""
 
@@ -112,7 +137,7 @@ def _feasible_limit(bench: Bench, config: JobConfig) -> float:
     return limit
 
 
-def _study_name(bench: Bench, config: JobConfig, space: SearchSpace) -> str:
+def study_name(bench: Bench, config: JobConfig, space: SearchSpace) -> str:
     """One name for one question: model, data, device, limit, space and seed. A different question is another study."""
     parts = [
         bench.digest,

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from autotune.config import MIN_TRIALS
+from autotune.config import MIN_TRIALS, STORAGE
 
 __all__ = [
     "CORES",
+    "AnswerersOption",
     "DataOption",
     "DebugOption",
     "DeviceOption",
@@ -28,6 +29,7 @@ __all__ = [
     "RepeatsOption",
     "SamplerOption",
     "SeedOption",
+    "StorageOption",
     "ThreadsOption",
     "TrialsOption",
     "WorkersOption",
@@ -45,7 +47,18 @@ TrialsOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the search.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads a latency is measured with.")]
 WorkersOption = Annotated[
-    int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core, or 1 on a GPU.")
+    int, typer.Option(min=1, help="Processes that try trials; with several, each loads the model and has its cores.")
+]
+AnswerersOption = Annotated[
+    int,
+    typer.Option("--workers", min=0, help="Processes that answer questions, one thread each; 0: every core, or 1 GPU."),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=STORAGE,
+        help="Database of the study, for workers on several hosts: postgresql+psycopg://…; default: SQLite in --out.",
+    ),
 ]
 RepeatsOption = Annotated[int, typer.Option(min=4, help="Pairs of a latency measurement.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew: forget the study that --out holds.")]

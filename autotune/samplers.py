@@ -22,6 +22,7 @@ SAMPLERS = ("gp", "nsga2", "qmc", "random", "tpe")
 CONSTRAINT = "over"  # one, by one name, on every trial: a GP stacks constraints without looking at their names
 NUM_START = 10  # quasi-random draws before "gp" and "tpe" begin to learn
 MAX_GP = 60  # observed trials from which "gp" goes on with TPE: the GP is level there, and asks ever more slowly
+RUNNING = TrialState.RUNNING
 POPULATION = 10  # of "nsga2"; Optuna's 50 would be random search for all of a study
 
 
@@ -36,11 +37,19 @@ class Observed:
 
 
 def suggest(
-    sampler: str, ranges: Mapping[str, Range], observed: Sequence[Observed], seed: int, *, whole_front: bool = False
+    sampler: str,
+    ranges: Mapping[str, Range],
+    observed: Sequence[Observed],
+    seed: int,
+    *,
+    whole_front: bool = False,
+    index: int | None = None,
+    pending: Sequence[Draw] = (),
 ) -> Draw:
     """The next draw; the same for the same arguments, whatever was asked before.
 
-    observed: oldest first. seed: of the whole search, not of this draw; how many are observed tells draws apart.
+    observed: oldest first. seed: of the whole search, not of this draw; its index, by default how many are observed,
+    tells draws apart. pending: draws that others try at this moment; "gp" and "tpe" keep away from them.
     sampler: "gp" draws `NUM_START` quasi-random points, then by constrained expected improvement under Gaussian
     processes, and from `MAX_GP` on as "tpe", multivariate tree-structured Parzen estimators; "nsga2" breeds generations
     of `POPULATION`; "qmc" walks a scrambled Sobol sequence; "random" learns nothing. whole_front: minimise the ratio
@@ -50,18 +59,21 @@ def suggest(
     """
     if sampler not in SAMPLERS:
         raise AutotuneError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    index = len(observed) if index is None else index
     starts = sampler in ("gp", "tpe") and len(observed) < NUM_START
     if sampler == "qmc" or starts:
-        return _quasi_random(ranges, len(observed), seed)
+        return _quasi_random(ranges, index, seed)
     settings = distributions(ranges)
     optuna.logging.set_verbosity(logging.WARNING)
     study = optuna.create_study(
         directions=["minimize"] * (1 + whole_front),
         sampler=_sampler(
-            sampler, len(observed), int(np.random.SeedSequence((seed, len(observed))).generate_state(1)[0])
+            sampler, len(observed), int(np.random.SeedSequence((seed, index)).generate_state(1)[0]), bool(pending)
         ),
     )
     study.add_trials([_trial(known, settings, whole_front) for known in observed])
+    running = [dict(draw) for draw in pending]
+    study.add_trials([optuna.create_trial(state=RUNNING, params=draw, distributions=settings) for draw in running])
     with np.errstate(invalid="ignore"):  # where no draw looks better than another, the GP divides 0 by 0, and copes
         return study.ask(settings).params
 
@@ -81,11 +93,11 @@ def _distribution(setting: Range) -> BaseDistribution:
             return CategoricalDistribution(options)
 
 
-def _sampler(name: str, num_observed: int, seed: int) -> BaseSampler:
+def _sampler(name: str, num_observed: int, seed: int, is_shared: bool) -> BaseSampler:
     if name == "gp" and num_observed < MAX_GP:
         return GPSampler(seed=seed, n_startup_trials=NUM_START)
     if name in ("gp", "tpe"):
-        return TPESampler(seed=seed, n_startup_trials=NUM_START, multivariate=True)
+        return TPESampler(seed=seed, n_startup_trials=NUM_START, multivariate=True, constant_liar=is_shared)
     return _Generations(seed=seed, population_size=POPULATION) if name == "nsga2" else RandomSampler(seed=seed)
 
 

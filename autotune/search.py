@@ -7,8 +7,11 @@ left is measured then, and stops there if it is surely over the limit.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +20,7 @@ import numpy as np
 
 from autotune.bench import NUM_LEARNED, Bench
 from autotune.certify import Interval
-from autotune.config import JobConfig
+from autotune.config import AutotuneError, JobConfig
 from autotune.evaluation import Scores
 from autotune.latency_model import CPU_TILES, TILES, LatencyModel
 from autotune.objective import Told, front, rivals, steering
@@ -25,10 +28,12 @@ from autotune.racing import ERROR_RATE, Race
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
 from autotune.space import Draw, SearchSpace, rescale
-from autotune.study import Study
+from autotune.store import LeaseLostError, StoreError
+from autotune.study import Asked, Study
 from btp import presets
 from btp.budget import fit_flops
 from btp.cost import DecoderShape, image_token_flops, tokens_per_layer
+from btp.errors import BusyDeviceError
 from btp.plan import Plan, Stage
 
 __all__ = [
@@ -37,12 +42,15 @@ __all__ = [
     "LEARNED",
     "PUBLISHED",
     "Search",
+    "StoppedError",
     "in_stages",
     "learning_budget",
     "scaled",
     "summary",
     "title",
 ]
+
+logger = logging.getLogger(__name__)
 
 DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
@@ -56,11 +64,17 @@ MOST_TO_LEARN = 0.95  # of dense's FLOPs
 CLOSE = 0.015  # of the limit: left unspent by a plan whose like was measured, about what an interval is wide
 PROMISING = 0.03  # of the best merit: three points of accuracy, about what chance does on 300 questions
 FAR = 0.1  # over the limit by more than this share, a plan is not as good as it looks there
+IDLE_S = 0.2  # between looks at whether there is something to try again
+BEATS = 4  # signs of life that a lease has room for
 CLOSER, AGAIN = ", closer to the limit", ", again"
 
 
+class StoppedError(Exception):
+    """The search was asked to stop, and has handed back what it was at."""
+
+
 class Search:
-    """One study's trials, from the first probe to the last draw. limit: latency ratio to dense."""
+    """One study's trials, from the first probe to the last draw, as one of its workers sees them."""
 
     def __init__(
         self, config: JobConfig, bench: Bench, study: Study, space: SearchSpace, say: Callable[[str], None]
@@ -71,8 +85,8 @@ class Search:
         # Half the error before a trial is measured and half after it, for its rivals are others then.
         self._race = Race([e.task for e in bench.splits["select"]], ERROR_RATE / 2)
 
-    def run(self, limit: float, known: Mapping[str, Plan]) -> None:
-        """Finish the study's number of trials, and every fixed plan however many there are.
+    def prepare(self, limit: float, known: Mapping[str, Plan]) -> None:
+        """Begin the study, if nobody has, and have every fixed plan wait to be tried.
 
         known: plans that the registry has of this model, by name; those of the study's beginning are tried.
         """
@@ -81,19 +95,80 @@ class Search:
             self._begin(limit)
         for name, plan in self._seeds().items():
             self._study.enqueue(name, plan)
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Try what there is to try, beside any number of others, until the study has its trials or it is closed.
+
+        A trial that cannot be scored fails with its reason, and the next is tried; one whose lease is lost is dropped.
+        Once `stop` says so, and whatever else ends this, the trial that is being tried is handed back. Raises
+        StoppedError in the first case.
+        """
         self._say("answering `select` with dense")
         self._bench.scores(DENSE, "select")
-        while self._study.num_done < self._config.num_trials or self._study.has_fixed_plans:
-            if not self._study.has_fixed_plans:
+        while not self._study.is_done(self._config.num_trials) and self._study.leases.opened is not None:
+            if stop():
+                raise StoppedError
+            if not self._study.has_waiting:
                 self._bring_closer()
-            number, name, asked = self._study.ask(self._space.ranges, self._config.sampler, self._same)
-            plan, draw = (asked, self._draw_of(asked)) if isinstance(asked, Plan) else (self._decoded(asked), asked)
-            key = self._key(plan)
-            same = self._study.same_as(key)
-            told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name)
-            self._study.tell(replace(told, draw=draw), key)
+            asked = self._study.ask(self._space.ranges, self._config.sampler, self._config.num_trials, self._same)
+            if asked is None:
+                time.sleep(IDLE_S)
+                continue
+            self._take(asked, stop)
             self._say("searching")
+
+    def finish(self) -> None:
+        """Note how the search was steered, once there is nothing more to try."""
+        self._study.sweep()
         self._study.note("steering", steering(self._study.told()).reason)
+
+    def _take(self, asked: Asked, stop: Callable[[], bool]) -> None:
+        """Try a trial under its lease, and tell what it came to."""
+        try:
+            with self._alive(asked, stop):
+                told, key = self._outcome(asked)
+            self._study.tell(asked, told, key)
+        except LeaseLostError as lost:
+            logger.warning("%s", lost)
+        except StoreError:
+            raise  # there is nobody to hand the trial back to: its lease runs out
+        except (AutotuneError, BusyDeviceError, StoppedError, KeyboardInterrupt, SystemExit) as error:
+            self._study.release(asked, f"its worker stopped: {error or type(error).__name__}")
+            raise
+        except Exception as error:  # the trial boundary: what is wrong with one plan is no reason to end the search
+            logger.warning("%s failed: %s: %s", asked.name, type(error).__name__, error)
+            self._study.fail(asked, f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def _alive(self, asked: Asked, stop: Callable[[], bool]) -> Iterator[None]:
+        """Show signs of life while the bench works, and have it end where it is to stop, or the lease is lost."""
+        last = time.monotonic()
+
+        def pulse() -> None:
+            nonlocal last
+            if stop():
+                raise StoppedError
+            if time.monotonic() - last > self._study.leases.seconds / BEATS:
+                self._study.beat(asked)
+                last = time.monotonic()
+
+        self._bench.pulse = pulse
+        try:
+            yield
+        finally:
+            self._bench.pulse = lambda: None
+
+    def _outcome(self, asked: Asked) -> tuple[Told, str]:
+        """What a trial comes to, and what its plan realises; another's result where that one's realises the same."""
+        if isinstance(asked.work, Plan):
+            plan, draw = asked.work, self._draw_of(asked.work)
+        else:
+            plan, draw = self._decoded(asked.work), asked.work
+        key = self._key(plan)
+        same = self._study.same_as(key)
+        number, name = asked.number, asked.name
+        told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name)
+        return replace(told, draw=draw), key
 
     @cached_property
     def limit(self) -> float:
@@ -138,7 +213,7 @@ class Search:
         what this one measured says how far it can go. At most `SHARE_CLOSER` of the trials go that way.
         """
         told = self._study.told()
-        names, members = {t.name for t in told}, front(told)
+        names, members = self._study.names, front(told)
         if sum(CLOSER in name for name in names) >= SHARE_CLOSER * self._config.num_trials or not members:
             return
         least = members[-1].merit - PROMISING
@@ -150,7 +225,7 @@ class Search:
                 continue
             plan = self._solved(self._scaled(t.plan), self.limit)
             if (t.merit >= least or t in members) and self._study.same_as(self._key(plan)) is None:
-                self._study.enqueue(closer, plan)
+                self._study.enqueue(closer, plan, within=self._config.num_trials)
                 return
 
     def _begin(self, limit: float) -> None:

@@ -1,31 +1,35 @@
-"""The study: what was asked, what was told, and what to ask next; kept in an Optuna storage, and resumed from it."""
+"""The study: what was asked, what was told, and what to ask next; for any number of workers, and resumed by any."""
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+import weakref
+from bisect import insort
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
-from autotune.config import check_sqlite
 from autotune.objective import Told, steering
-from autotune.ranges import Choice, Draw, Float, Int, Range, random_draw
+from autotune.ranges import Draw, Range, random_draw
 from autotune.samplers import CONSTRAINT, Observed, distributions, suggest
+from autotune.store import Database, Lease, LeaseLostError, Leases, begin_immediately, this_worker
 from btp.plan import Plan
 
-__all__ = ["Study", "next_draw"]
+__all__ = ["Asked", "Study", "next_draw"]
 
 MAX_REPEATS = 16  # mutations of a draw that came to nothing new, before one of them is tried after all
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+TOKEN = "token"  # of the lease, on the Optuna trial: its worker may die before it can note the trial
 
 
 def next_draw(
@@ -36,6 +40,8 @@ def next_draw(
     same: Callable[[Draw], Told | None],
     *,
     whole_front: bool = False,
+    index: int | None = None,
+    pending: Sequence[Draw] = (),
 ) -> Draw:
     """What a sampler draws after the finished trials, oldest first, steered by what they say of the proxy.
 
@@ -45,8 +51,9 @@ def next_draw(
     """
     loss = steering(told).loss
     observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
-    draw = drawn = suggest(sampler, ranges, observed, seed, whole_front=whole_front)
-    rng = random.Random(f"{seed} {len(observed)}")
+    index = len(observed) if index is None else index
+    draw = drawn = suggest(sampler, ranges, observed, seed, whole_front=whole_front, index=index, pending=pending)
+    rng = random.Random(f"{seed} {index}")
     for attempt in range(1, MAX_REPEATS + 1):
         if same(draw) is None:
             break
@@ -55,144 +62,260 @@ def next_draw(
     return draw
 
 
-class Study:
-    """One resumable study in one storage. Ask, evaluate, tell; a killed trial is found and asked again.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A trial to try now, and the lease that this worker has on it. work: a fixed plan, or a draw from the ranges."""
 
-    A trial that racing stopped is kept as PRUNED, with its constraint and all it was told with: `ask` learns from it as
-    from any other, but Optuna's own `best_trials` holds no score of fewer samples.
-    """
+    lease: Lease
+    work: Plan | Draw
 
-    def __init__(self, storage: Path, name: str, seed: int) -> None:
-        optuna.logging.set_verbosity(logging.WARNING)
-        check_sqlite(storage)
-        storage.parent.mkdir(parents=True, exist_ok=True)
-        self._seed = seed
-        self._study = optuna.create_study(
-            storage=f"sqlite:///{storage}",
-            study_name=name,
-            directions=["maximize", "minimize"],
-            load_if_exists=True,
-            sampler=RandomSampler(),  # draws nothing: every ask brings its own
-        )
-        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):  # it keeps its number, and its turn
-            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    @property
+    def number(self) -> int:
+        return self.lease.number
 
     @property
     def name(self) -> str:
-        return self._study.study_name
+        return self.lease.name or f"trial {self.number}"
+
+
+class Study:
+    """One study in one database: ask, evaluate, tell, by any number of workers at once.
+
+    Our own tables say who tries what and what it came to; Optuna's say the same for everybody's tools, one trial an
+    attempt. Whoever asks next writes there what a worker that was killed could not (`settle`). A trial that racing
+    stopped is kept as PRUNED, with its constraint: `ask` learns from it as from any other, but Optuna's own
+    `best_trials` holds no score of fewer samples. worker: the name that leases are held under.
+    """
+
+    def __init__(self, database: Database, name: str, seed: int, *, worker: str = "", **terms: Any) -> None:
+        optuna.logging.set_verbosity(logging.WARNING)
+        self.name, self._database, self._seed = name, database, seed
+        self._worker = worker or this_worker()
+        self.leases = Leases(database, name, **terms)
+        self.leases.create()
+        self._told: list[Told] = []
+        self._by_key: dict[str, Told] = {}
+        self._last_place = 0
+
+    @functools.cached_property
+    def _storage(self) -> RDBStorage:
+        with self._database.setting_up():
+            storage = self._database.redo(
+                lambda: RDBStorage(self._database.url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
+            )
+        if self._database.file is not None:
+            begin_immediately(storage.engine)
+            storage.engine.dispose()  # of the connections that began otherwise
+        weakref.finalize(self, storage.engine.dispose)
+        return storage
+
+    @functools.cached_property
+    def _study_id(self) -> int:
+        directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+
+        def find() -> int:
+            with suppress(DuplicatedStudyError):
+                return int(self._storage.create_new_study(directions, self.name))
+            return int(self._storage.get_study_id_from_name(self.name))
+
+        return self._database.redo(find)
 
     @property
     def notes(self) -> dict[str, Any]:
-        return self._study.user_attrs
+        return self._database.redo(lambda: self._storage.get_study_user_attrs(self._study_id))
 
     def note(self, key: str, value: Any) -> None:
-        self._study.set_user_attr(key, value)
+        self._database.redo(lambda: self._storage.set_study_user_attr(self._study_id, key, value))
 
-    def enqueue(self, name: str, plan: Plan) -> None:
-        """Make a fixed plan a trial, once however often the study is resumed."""
-        if all(trial.user_attrs.get("fixed_name") != name for trial in self._study.trials):
-            self._study.enqueue_trial({}, user_attrs={"fixed_name": name, "fixed_plan": plan.to_json()})
+    def enqueue(self, name: str, plan: Plan, within: int | None = None) -> None:
+        """Make a fixed plan a trial, once however often the study is resumed. within: of how many trials."""
+        self.leases.enqueue(name, plan.to_dict(), within)
 
     @property
-    def has_fixed_plans(self) -> bool:
-        """Whether fixed plans wait to be tried."""
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return any("fixed_plan" in trial.user_attrs for trial in waiting)
+    def has_waiting(self) -> bool:
+        """Whether fixed plans, or trials that were given up, wait to be tried."""
+        return self.leases.counts().get("waiting", 0) > 0
 
     @property
     def num_done(self) -> int:
-        """Finished trials, stopped ones included."""
-        return len(self._finished())
+        """Finished trials: those that racing stopped, and those that failed, included."""
+        counts = self.leases.counts()
+        return counts.get("told", 0) + counts.get("failed", 0)
+
+    def is_done(self, target: int) -> bool:
+        """Whether so many trials are finished, and nothing else waits or is being tried."""
+        counts = self.leases.counts()
+        done = counts.get("told", 0) + counts.get("failed", 0)
+        return done >= target and not counts.get("waiting") and not counts.get("held")
+
+    @property
+    def names(self) -> set[str]:
+        """Of the fixed plans, whatever has become of them."""
+        return {lease.name for lease in self.leases.all() if lease.name is not None}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why trials failed, by name."""
+        return {Asked(each, {}).name: each.reason or "" for each in self.leases.all() if each.state == "failed"}
 
     def ask(
-        self, ranges: Mapping[str, Range], sampler: str, same: Callable[[Draw], Told | None] = lambda _: None
-    ) -> tuple[int, str, Plan | Draw]:
-        """Trial number, name, and what to try: a fixed plan, or a draw from the ranges, recorded as its parameters.
+        self,
+        ranges: Mapping[str, Range],
+        sampler: str,
+        target: int,
+        same: Callable[[Draw], Told | None] = lambda _: None,
+    ) -> Asked | None:
+        """What to try now: a fixed plan, or a draw from the ranges; None while all that there is to try is being tried.
 
-        Fixed plans, and what a killed process left, come first. Then `sampler` draws, steered by `steering`; its draw
-        depends on the seed and on the told trials that have one and on nothing else, so a resumed study asks what an
-        unbroken one would have. same: as of `next_draw`.
+        Fixed plans, and what others gave up, come first. Then `sampler` draws while there are fewer than `target`
+        trials, steered by `steering`. With one worker its draw depends on the seed and on the told trials that have one
+        and on nothing else, so a resumed study asks what an unbroken one would have; with several it depends on their
+        pace too, but for "qmc" and "random", whose draws are the same in another order. same: as of `next_draw`.
         """
-        propose = partial(next_draw, sampler, ranges, self.told(), self._seed, same)
-        self._study.sampler = _HandsOut(distributions(ranges), propose)
-        trial = self._study.ask()
-        if "fixed_plan" in trial.user_attrs:
-            plan = Plan.from_dict(json.loads(trial.user_attrs["fixed_plan"]))
-            return trial.number, trial.user_attrs["fixed_name"], plan
-        draw = {name: _recorded(trial, name, setting) for name, setting in ranges.items()}
-        return trial.number, f"trial {trial.number}", draw
+        self.settle()
+        told = self.told()
+        held = self.leases.claim(self._worker, target, sum(t.draw is not None for t in told))
+        if held is None:
+            return None
+        work = held.work or self._drawn(held, ranges, sampler, told, same)
+        trial_id = self._made(held, work, ranges)
+        try:
+            self.leases.started(held, trial_id, work)
+        except LeaseLostError:
+            self._close(trial_id, TrialState.FAIL)
+            return None
+        return Asked(held, Plan.from_dict(dict(work)) if held.name is not None else dict(work))
 
-    def tell(self, told: Told, key: str = "") -> None:
-        """Finish the trial. key: equal for plans that realise the same, for `same_as`."""
-        trial = self._trial(told.number)
+    def _drawn(
+        self,
+        held: Lease,
+        ranges: Mapping[str, Range],
+        sampler: str,
+        told: Sequence[Told],
+        same: Callable[[Draw], Told | None],
+    ) -> Draw:
+        others = [each for each in self.leases.all() if each.draw_index is not None and each.work is not None]
+        failed = [each.work for each in others if each.state == "failed"]
+        pending = [dict(each.work or {}) for each in others if each.state == "held" and each.token != held.token]
+        nothing = next(iter(told), None)
+
+        def known(draw: Draw) -> Told | None:
+            return nothing if draw in failed else same(draw)
+
+        return next_draw(sampler, ranges, told, self._seed, known, index=held.draw_index, pending=pending)
+
+    def _made(self, held: Lease, work: Mapping[str, Any], ranges: Mapping[str, Range]) -> int:
+        """A running Optuna trial for the attempt."""
+        fixed = held.name is not None
+        template = optuna.create_trial(
+            state=TrialState.RUNNING,
+            params={} if fixed else dict(work),
+            distributions={} if fixed else distributions(ranges),
+            user_attrs={
+                "name": Asked(held, {}).name,
+                "number": held.number,
+                "retry_of": held.retry_of,
+                TOKEN: held.token,
+            },
+        )
+        return self._database.redo(lambda: int(self._storage.create_new_trial(self._study_id, template)))
+
+    def beat(self, asked: Asked) -> None:
+        """A sign of life. Raises LeaseLostError."""
+        self.leases.beat(asked.lease)
+
+    def tell(self, asked: Asked, told: Told, key: str = "") -> None:
+        """Finish the trial. key: equal for plans that realise the same, for `same_as`. Raises LeaseLostError."""
         draw = dict(told.draw) if told.draw is not None else None
         record = {**asdict(told), "plan": told.plan.to_dict(), "by_task": dict(told.by_task), "draw": draw}
-        trial.set_user_attr("told", record)  # at once: each attribute is a transaction of its own
-        trial.set_user_attr("key", key)
-        trial.set_constraint(CONSTRAINT, told.over)
-        if told.complete:
-            self._study.tell(told.number, [told.merit, told.ratio])
-        else:
-            self._study.tell(told.number, state=TrialState.PRUNED)
+        self.leases.tell(asked.lease, record, key)
+        self.settle()
 
-    def _trial(self, number: int) -> optuna.Trial:
-        identity = self._study.get_trials(deepcopy=False)[number]._trial_id
-        return optuna.Trial(self._study, identity)
+    def fail(self, asked: Asked, reason: str) -> None:
+        """Finish a trial that cannot be scored."""
+        self.leases.fail(asked.lease, reason)
+        self.settle()
+
+    def release(self, asked: Asked, reason: str) -> None:
+        """Hand the trial back, for another worker to try anew."""
+        self.leases.release(asked.lease, reason)
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring the Optuna trials of ended leases to the same end, also of workers that were killed in between."""
+        for ended in self.leases.unsettled():
+            for trial_id in [ended.trial_id] if ended.trial_id is not None else self._running(ended.token):
+                self._end(trial_id, ended)
+            self.leases.settled(ended)
+
+    def sweep(self) -> None:
+        """End Optuna trials that still run though no lease is on them: a worker died, or lost an answer, in `ask`."""
+        held = {each.token for each in self.leases.all() if each.state == "held"}
+        for trial_id in self._running(None, held):
+            self._close(trial_id, TrialState.FAIL)
+
+    def _running(self, token: int | None, but: Collection[int] = ()) -> list[int]:
+        """Running Optuna trials of one lease, or of any but some."""
+        running = self._database.redo(
+            lambda: self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        )
+        tokens = {trial._trial_id: trial.user_attrs.get(TOKEN) for trial in running}
+        return [trial_id for trial_id, of in tokens.items() if (of not in but if token is None else of == token)]
+
+    def _end(self, trial_id: int, ended: Lease) -> None:
+        found = self.leases.record(ended.token) if ended.state == "told" else None
+        if found is None:
+            self._close(trial_id, TrialState.FAIL, attrs={"reason": ended.reason or ""})
+            return
+        told = _told(found.record)
+        constraint = optuna.create_trial(values=[0.0, 0.0], constraints={CONSTRAINT: told.over}).system_attrs
+        state, values = (TrialState.COMPLETE, [told.merit, told.ratio]) if told.complete else (TrialState.PRUNED, None)
+        self._close(trial_id, state, values, constraint=constraint)
+
+    def _close(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None = None,
+        *,
+        attrs: Mapping[str, Any] = MappingProxyType({}),
+        constraint: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        def act() -> None:
+            with suppress(UpdateFinishedTrialError):  # another has closed it
+                for key, value in attrs.items():
+                    self._storage.set_trial_user_attr(trial_id, key, value)
+                for key, value in constraint.items():
+                    self._storage.set_trial_system_attr(trial_id, key, value)
+                self._storage.set_trial_state_values(trial_id, state, values)
+
+        self._database.redo(act)
 
     def told(self) -> list[Told]:
-        """Every finished trial, stopped ones included, oldest first."""
-        return [_told(trial) for trial in self._finished()]
+        """Every trial that was told, stopped ones included, by number."""
+        for each in self.leases.told_after(self._last_place):
+            told = _told(each.record)
+            insort(self._told, told, key=attrgetter("number"))
+            best = self._by_key.get(each.key)
+            if best is None or (told.complete, -told.number) > (best.complete, -best.number):
+                self._by_key[each.key] = told
+            self._last_place = each.place
+        return list(self._told)
 
     def same_as(self, key: str) -> Told | None:
         """The first finished trial that was told with this key, one scored on all samples before one that was not."""
-        same = [_told(trial) for trial in self._finished() if key and trial.user_attrs["key"] == key]
-        return min(same, key=lambda told: not told.complete, default=None)
+        self.told()
+        return self._by_key.get(key) if key else None
 
-    def _finished(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=FINISHED)
-
-    @staticmethod
-    def forget(storage: Path, name: str) -> None:
-        """Delete one study, if it is there; others in the same storage stay."""
-        if storage.exists():
-            url = f"sqlite:///{storage}"
-            if name in optuna.get_all_study_names(url):
-                optuna.delete_study(study_name=name, storage=url)
+    @classmethod
+    def forget(cls, database: Database, name: str) -> None:
+        """Delete one study, if it is there; others in the same database stay."""
+        if database.exists:
+            study = cls(database, name, 0)
+            study._database.redo(lambda: study._storage.delete_study(study._study_id))
+            study.leases.forget()
 
 
-class _HandsOut(BaseSampler):
-    """Gives a trial the draw that is made elsewhere, and only makes it for a trial that has none yet."""
-
-    def __init__(self, settings: dict[str, BaseDistribution], draw: Callable[[], Draw]) -> None:
-        self._settings, self._draw = settings, draw
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        drawn = "fixed_plan" in trial.user_attrs or len(trial.params) == len(self._settings)
-        return {} if drawn else self._settings
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return dict(self._draw())
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise KeyError(f"every setting must be drawn at once, got {param_name!r} by itself; ask with the same ranges")
-
-
-def _recorded(trial: optuna.Trial, name: str, setting: Range) -> int | float | str | bool:
-    match setting:
-        case Int(low, high):
-            return trial.suggest_int(name, low, high)
-        case Float(low, high):
-            return trial.suggest_float(name, low, high)
-        case Choice(options):
-            chosen: str | bool = trial.suggest_categorical(name, options)  # type: ignore[assignment]
-            return chosen
-
-
-def _told(trial: FrozenTrial) -> Told:
-    record = trial.user_attrs["told"]
+def _told(record: Mapping[str, Any]) -> Told:
     looks = tuple((num_samples, score, proxy) for num_samples, score, proxy in record["looks"])
     return Told(**{**record, "plan": Plan.from_dict(record["plan"]), "looks": looks})

@@ -206,7 +206,7 @@ def _of(model: str, given: argparse.Namespace) -> tuple[JobConfig, Splits, Optio
         model=source,
         data=None,
         out=given.out,
-        workers=given.workers,
+        answerers=given.workers,
         limit=Limit.parse("prefill_p50<=1x"),
         name=model,
         num_trials=given.trials,
@@ -216,7 +216,7 @@ def _of(model: str, given: argparse.Namespace) -> tuple[JobConfig, Splits, Optio
     if not given.small:
         return config, splits, options
     options = replace(options, limits=(0.6,), seeds=seeds[:1], trials=8, learning_steps=4, systems=SMALL_SYSTEMS)
-    config = replace(config, num_trials=8, workers=1, repeats=4)
+    config = replace(config, num_trials=8, answerers=1, repeats=4)
     return config, _few(splits, SMALL_PICTURES), replace(options, selectors=CROSSED[:2])
 
 

@@ -127,7 +127,7 @@ class Lab:
             return {"ratio": asdict(ratio), "dense_ms": dense_ms}
 
         name = f"evidence-{self.limit:g}-{EFFORT * self.config.repeats}-{plan.digest[:20]}"
-        return Interval(**self.bench.kept(name, compute)["ratio"])
+        return Interval(**self.bench.results.once(name, compute)["ratio"])
 
     def presets(self, names: tuple[str, ...] | None = None) -> dict[str, AtLimit]:
         """Every published system at the limit, by name; by default all."""
@@ -159,7 +159,12 @@ class Lab:
                 study.note(key, value)
         for _ in range(min(study.num_done, self.config.num_trials)):
             self._done("trial", f"seed {seed}: a trial of an earlier run")
-        Search(replace(self.config, seed=seed), self.bench, study, self._space, self._say).run(self.limit, {})
+        search = Search(replace(self.config, seed=seed), self.bench, study, self._space, self._say)
+        search.prepare(self.limit, {})
+        study.leases.open({}, self.config.num_trials)
+        search.run()
+        study.leases.close()
+        search.finish()
         able = [t for t in study.told() if t.name not in CONTROLS and t.complete and t.measured]
         if found := finalists(able, study.notes["limit"], 1):
             return found[0], study
@@ -221,7 +226,7 @@ class Lab:
         """Of this model, data, device, limit, space and first seed; another question is another study."""
         parts = [self.bench.digest, str(self.bench.key), str(self.config.limit), str(self._space), self._first_seed]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-        return Study(self.config.out / "study.db", f"{self.config.name}-{self.limit:g}-seed-{seed}-{digest}", seed)
+        return Study(self.bench.database, f"{self.config.name}-{self.limit:g}-seed-{seed}-{digest}", seed)
 
     def _say(self, what: str) -> None:
         kind = "trial" if what == "searching" else "probe" if what.startswith("measuring probe") else "other"

@@ -1,10 +1,11 @@
 """One lock for each device: whoever measures there holds it, across processes, workers and jobs of a host."""
 
+import fcntl
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from btp.errors import BusyDeviceError
 
-__all__ = ["device_lock", "lock_name"]
+__all__ = ["computing", "device_lock", "lock_name"]
 
 
 def lock_name(device: torch.device) -> str:
@@ -32,6 +33,31 @@ def device_lock(device: torch.device, timeout_s: float = 600.0) -> Iterator[None
     when it is not free within `timeout_s`.
     """
     path = _lock_folder() / f"{lock_name(device)}.lock"
+    with _gate(path, timeout_s) as is_first, ExitStack() as users:
+        if is_first:
+            _name_holder(path)
+            users.enter_context(_users(path, fcntl.LOCK_EX))
+        yield
+
+
+@contextmanager
+def computing(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
+    """Use the device for something else than measuring, beside others who do: not while somebody measures there.
+
+    Who measures waits until all who compute are done with what they are at, and nobody begins while it waits: so hold
+    this for a batch at a time. Raises BusyDeviceError as `device_lock` does.
+    """
+    path = _lock_folder() / f"{lock_name(device)}.lock"
+    with ExitStack() as users:
+        with _gate(path, timeout_s) as is_first:
+            if is_first:  # else it is this thread itself that measures
+                users.enter_context(_users(path, fcntl.LOCK_SH))
+        yield
+
+
+@contextmanager
+def _gate(path: Path, timeout_s: float) -> Iterator[bool]:
+    """The lock itself; whether this thread did not hold it already."""
     lock = FileLock(path, mode=0o666, is_singleton=True)
     try:
         lock.acquire(timeout=timeout_s)
@@ -41,10 +67,20 @@ def device_lock(device: torch.device, timeout_s: float = 600.0) -> Iterator[None
             f"for the {timeout_s:g} s waited; let it end, or wait longer"
         ) from error
     try:
-        _name_holder(path)
-        yield
+        yield lock.lock_counter == 1
     finally:
         lock.release()
+
+
+@contextmanager
+def _users(path: Path, kind: int) -> Iterator[None]:
+    """A lock that many share, or one holds alone; it falls with the process too."""
+    descriptor = os.open(path.with_suffix(".users"), os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock_folder() -> Path:

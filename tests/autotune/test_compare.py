@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from btp.presets import SYSTEMS
 
 pytestmark = pytest.mark.timeout(200)
 
+Kept = Callable[..., list[tuple[Any, ...]]]
 TASKS = ("existence", "reading")
 SYSTEMS_RUN = "btp_paper,vtw,todre_max_sum"
 TARGET = image_token_flops([round(0.25 * 256)] * 8, 192, 512) / 1e9
@@ -68,7 +70,7 @@ def run(line: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(questions: Path, kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A comparison interrupted by Ctrl-C after its first scores, and run again to its end; what that printed."""
     out = tmp_path_factory.mktemp("compare") / "out"
     process = subprocess.Popen(
@@ -79,17 +81,17 @@ def finished(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may have it ignored
     )
     deadline = time.monotonic() + 100
-    while not list(out.glob("evaluations/*/select-*.json")) and time.monotonic() < deadline:
+    while not kept(out, "select-%") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command again to resume" in " ".join(told.split())
     assert not (out / "compare.json").exists()
-    first = {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/select-*.json")}
+    first = kept(out)
     done = run(command(questions, out))
     assert done.returncode == 0, done.stderr
-    assert all(path.stat().st_mtime_ns == when for path, when in first.items())
+    assert kept(out)[: len(first)] == first
     return out, done.stdout
 
 
@@ -163,14 +165,14 @@ def test_accuracy_by_task_is_printed(finished: tuple[Path, str], found: dict[str
 
 
 def test_running_again_computes_nothing_twice(
-    questions: Path, finished: tuple[Path, str], found: dict[str, Any]
+    questions: Path, finished: tuple[Path, str], found: dict[str, Any], kept: Kept
 ) -> None:
     out, _ = finished
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/*.json")}
+    before = kept(out)
     result = CliRunner().invoke(app, arguments(questions, out, "--json"))
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == found
-    assert {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/*.json")} == kept
+    assert kept(out) == before
 
 
 def a_result(**changes: Any) -> Result:
@@ -264,7 +266,7 @@ def test_an_out_that_is_a_file(tmp_path: Path) -> None:
 
 def test_the_command_is_told_as_it_can_be_typed() -> None:
     config = CompareConfig(
-        model="my model", data=Path("d.jsonl"), out=Path("o"), fractions=(0.5, 0.25), systems=("fastv",), workers=2
+        model="my model", data=Path("d.jsonl"), out=Path("o"), fractions=(0.5, 0.25), systems=("fastv",), answerers=2
     )
     assert config.command == (
         "autotune compare --model 'my model' --data d.jsonl --tokens 0.5,0.25 --systems fastv --out o "

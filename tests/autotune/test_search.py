@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from autotune.objective import front
 from autotune.realised import realised_key
 from autotune.search import CLOSE, CLOSER, CONTROLS, PUBLISHED, Search, summary, title
 from autotune.space import SearchSpace
+from autotune.store import Database
 from autotune.study import Study
 from btp.cost import DecoderShape, tokens_per_layer
 from btp.plan import Plan, Stage
@@ -56,6 +57,7 @@ class FakeBench:
         self.evaluated: Counter[str] = Counter()
         self.measured: Counter[str] = Counter()
         self.counts: tuple[Counter[str], Counter[str]]
+        self.pulse: Callable[[], None] = lambda: None
         self._difficulty = np.random.default_rng(0).random(NUM_SAMPLES)
 
     def alive(self, plan: Plan) -> float:
@@ -77,6 +79,7 @@ class FakeBench:
     def running_scores(self, plan: Plan, split: str) -> Iterator[Scores]:
         for scores in self._running(plan):
             self.evaluated[key(plan)] += 1
+            self.pulse()
             yield scores
 
     def _running(self, plan: Plan) -> Iterator[Scores]:
@@ -112,11 +115,21 @@ def config(out: Path, num_trials: int, guard: float | None = None) -> JobConfig:
 
 
 def searched(out: Path, bench: FakeBench, num_trials: int, **changes: Any) -> Study:
-    study = Study(out / "study.db", "fake", 0)
+    study = study_in(out)
     study.enqueue("too slow", TOO_SLOW)
-    fake: Any = bench
-    space = SearchSpace.load(SPACE)
-    Search(config(out, num_trials, **changes), fake, study, space, lambda _: None).run(LIMIT, {"registered": KNOWN})
+    return run(study, config(out, num_trials, **changes), bench, {"registered": KNOWN})
+
+
+def study_in(out: Path) -> Study:
+    return Study(Database(f"sqlite:///{out / 'study.db'}"), "fake", 0)
+
+
+def run(study: Study, settings: JobConfig, bench: Any, known: Mapping[str, Plan]) -> Study:
+    search = Search(settings, bench, study, SearchSpace.load(SPACE), lambda _: None)
+    search.prepare(LIMIT, known)
+    study.leases.open({}, settings.num_trials)
+    search.run()
+    search.finish()
     return study
 
 
@@ -191,8 +204,8 @@ def test_a_guard_is_a_constraint(tmp_path: Path) -> None:
     assert all(t.worst_task >= 0.97 for t in front(told))
 
 
-class Stopped(Exception):
-    """Raised in the middle of a search, as a kill would end it."""
+class Stopped(KeyboardInterrupt):
+    """Raised in the middle of a search, as by a user."""
 
 
 def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +251,7 @@ def test_a_plan_of_ones_own_is_tried_however_few_trials_there_are_and_on_a_finis
         for name in own:
             KNOWN.save(tmp_path / name)
         settings = replace(config(tmp_path, 7), plans=tuple(tmp_path / name for name in own))
-        study = Study(tmp_path / "study.db", "fake", 0)
-        Search(settings, bench, study, SearchSpace.load(SPACE), lambda _: None).run(LIMIT, {})
+        study = run(study_in(tmp_path), settings, bench, {})
         names.append([t.name for t in study.told()])
     assert names[1] == [*names[0], "plan late"]
 
@@ -250,7 +262,7 @@ def test_plans_that_keep_the_same_of_one_prompt_and_not_of_another_are_two(tmp_p
             return replace(super().scores(plan, split), realised=(((100,) * 8, 60), ((1000,) * 8, 60)))
 
     bench: Any = TwoSizes()
-    study = Study(tmp_path / "study.db", "fake", 0)
+    study = study_in(tmp_path)
     search = Search(config(tmp_path, 7), bench, study, SearchSpace.load(SPACE), lambda _: None)
     one, other = (Plan(stages=(Stage(layer=1, keep=keep),)) for keep in (0.3, 0.304))
     assert realised_key(one, 8, 100) == realised_key(other, 8, 100)

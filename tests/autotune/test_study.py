@@ -1,5 +1,9 @@
 """The study's memory: what is asked and told survives a kill, a resume and a second look through Optuna."""
 
+import multiprocessing
+import os
+import signal
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -7,6 +11,7 @@ from optuna.trial import TrialState
 from autotune.config import AutotuneError
 from autotune.objective import Told
 from autotune.ranges import Choice, Float, Int
+from autotune.store import Database
 from autotune.study import MAX_REPEATS, Study, next_draw
 from btp import presets
 from btp.plan import Plan, Stage
@@ -36,16 +41,28 @@ def told(number, draw=None, plan=None, name="", ratio=0.5, **changes):
     return Told(number=number, draw=draw, ratio=ratio, **{**settings, **changes})
 
 
+def study_in(storage, name="replay", seed=0, **terms):
+    """A study in an SQLite file, as another worker sees it whenever it is called."""
+    return Study(Database(f"sqlite:///{storage}"), name, seed, **terms)
+
+
+def ask(study, sampler="tpe", target=1000):
+    asked = study.ask(RANGES, sampler, target)
+    assert asked is not None
+    return asked
+
+
 def step(study, sampler="tpe", **changes):
-    number, name, asked = study.ask(RANGES, sampler)
-    fixed = isinstance(asked, Plan)
-    finished = told(number, None if fixed else asked, asked if fixed else None, name, **changes)
-    study.tell(finished)
+    asked = ask(study, sampler)
+    fixed = isinstance(asked.work, Plan)
+    draw, plan = (None, asked.work) if fixed else (asked.work, None)
+    finished = told(asked.number, draw, plan, asked.name, **changes)
+    study.tell(asked, finished)
     return finished
 
 
 def search(storage, num_trials, stop_after=None, seed=3, sampler="tpe"):
-    study = Study(storage, "replay", seed)
+    study = study_in(storage, seed=seed)
     study.enqueue("hand-set", HAND_SET)
     while study.num_done < num_trials and study.num_done != stop_after:
         step(study, sampler)
@@ -57,10 +74,10 @@ def stored(tmp_path):
 
 
 def test_what_is_told_is_kept_as_it_was(tmp_path):
-    study = Study(tmp_path / "study.db", "replay", 0)
+    study = study_in(tmp_path / "study.db")
     study.enqueue("hand-set", HAND_SET)
     finished = [step(study), step(study, guard=0.8), step(study, complete=False, num_samples=32, measured=False)]
-    assert Study(tmp_path / "study.db", "replay", 0).told() == finished
+    assert study_in(tmp_path / "study.db").told() == finished
     assert finished[0].name == "hand-set"
     assert finished[0].draw is None
     assert finished[1].draw.keys() == RANGES.keys()
@@ -98,25 +115,39 @@ def test_the_search_learns(tmp_path):
 def test_a_fixed_plan_that_the_space_can_express_teaches_the_sampler(tmp_path):
     asked = {}
     for name, draw in {"known": {"layer": 4, "weight": 0.8, "selector": "diversity"}, "unknown": None}.items():
-        study = Study(tmp_path / f"{name}.db", "replay", 0)
+        study = study_in(tmp_path / f"{name}.db")
         study.enqueue("hand-set", HAND_SET)
-        number, *_ = study.ask(RANGES, "qmc")
-        study.tell(told(number, draw, HAND_SET, "hand-set"))
+        asked_first = ask(study, "qmc")
+        study.tell(asked_first, told(asked_first.number, draw, HAND_SET, "hand-set"))
         asked[name] = [step(study, "qmc").draw for _ in range(3)]
     assert asked["unknown"][1:] == asked["known"][:2]  # it took the first place in the sequence
 
 
-def test_a_killed_trial_is_asked_again_with_its_parameters(tmp_path):
-    study = Study(tmp_path / "study.db", "replay", 0)
-    study.enqueue("hand-set", HAND_SET)
-    asked = [study.ask(RANGES, "tpe") for _ in range(2)]  # and the process dies here
-    again = Study(tmp_path / "study.db", "replay", 0)
+def test_the_trials_of_a_dead_worker_are_asked_again_with_their_parameters(tmp_path):
+    def ask_twice(pipe):
+        study = study_in(tmp_path / "study.db")
+        study.enqueue("hand-set", HAND_SET)
+        pipe.send([ask(study) for _ in range(2)])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=ask_twice, args=(theirs,))
+    worker.start()
+    asked = ours.recv()
+    worker.join()
+    again = study_in(tmp_path / "study.db")
     again.enqueue("hand-set", HAND_SET)
-    retried = [again.ask(RANGES, "tpe") for _ in range(2)]
-    assert [entry[2] for entry in retried] == [entry[2] for entry in asked]
-    assert retried[0][1] == "hand-set"
-    assert [entry[0] for entry in retried] == [entry[0] for entry in asked]  # nobody has overtaken them
+    retried = [ask(again) for _ in range(2)]
+    assert [each.work for each in retried] == [each.work for each in asked]
+    assert retried[0].name == "hand-set"
+    assert [each.number for each in retried] == [each.number for each in asked]  # nobody has overtaken them
+    assert [each.lease.retry_of for each in retried] == [each.lease.token for each in asked]
     assert again.num_done == 0
+    trials = stored(tmp_path).trials
+    assert [t.state for t in trials] == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 2
+    assert [t.params for t in trials[:2]] == [t.params for t in trials[2:]]
+    assert [t.user_attrs["retry_of"] for t in trials[2:]] == [each.lease.token for each in asked]
 
 
 def test_every_finished_trial_carries_the_one_constraint(tmp_path):
@@ -138,12 +169,12 @@ def test_a_stopped_trial_counts_and_teaches_but_is_never_optunas_best(tmp_path):
     assert best
     assert best.isdisjoint({stopped.number, late.number})
     assert stored(tmp_path).trials[stopped.number].state == TrialState.PRUNED
-    next_draw = study.ask(RANGES, "qmc")[2]
-    without = Study(tmp_path / "without.db", "replay", 3)
+    next_draw = ask(study, "qmc").work
+    without = study_in(tmp_path / "without.db", seed=3)
     without.enqueue("hand-set", HAND_SET)
     for _ in range(2):
         step(without, "qmc")
-    assert without.ask(RANGES, "qmc")[2] != next_draw
+    assert ask(without, "qmc").work != next_draw
 
 
 def test_a_draw_that_repeats_is_mutated_until_it_is_new():
@@ -165,12 +196,12 @@ def test_a_draw_that_repeats_is_mutated_until_it_is_new():
 
 
 def test_the_same_result_is_found_by_its_key(tmp_path):
-    study = Study(tmp_path / "study.db", "replay", 0)
+    study = study_in(tmp_path / "study.db")
     finished = []
     for key, complete in (("a", False), ("b", True), ("a", True), ("a", True), ("", True)):
-        number, _, draw = study.ask(RANGES, "random")
-        finished.append(told(number, draw, complete=complete))
-        study.tell(finished[-1], key)
+        asked = ask(study, "random")
+        finished.append(told(asked.number, asked.work, complete=complete))
+        study.tell(asked, finished[-1], key)
     assert study.same_as("a") == finished[2]
     assert study.same_as("b") == finished[1]
     assert study.same_as("c") is None
@@ -179,21 +210,26 @@ def test_the_same_result_is_found_by_its_key(tmp_path):
 
 def test_fresh_forgets_one_study_and_leaves_the_others(tmp_path):
     storage = tmp_path / "study.db"
-    Study.forget(storage, "one")  # nothing there yet
+    database = Database(f"sqlite:///{storage}")
+    Study.forget(database, "one")  # nothing there yet
+    assert not storage.exists()
     for name in ("one", "two"):
-        Study(storage, name, 0).note("limit", 0.5)
-    Study.forget(storage, "one")
-    assert Study(storage, "one", 0).notes == {}
-    assert Study(storage, "two", 0).notes == {"limit": 0.5}
+        study_in(storage, name).note("limit", 0.5)
+        step(study_in(storage, name))
+    Study.forget(database, "one")
+    assert study_in(storage, "one").notes == {}
+    assert study_in(storage, "one").told() == []
+    assert study_in(storage, "two").notes == {"limit": 0.5}
+    assert study_in(storage, "two").num_done == 1
 
 
 def test_any_seed_from_zero_up_can_ask(tmp_path):
     for sampler in ("random", "qmc"):
-        assert Study(tmp_path / f"{sampler}.db", "seeded", 2**40).ask(RANGES, sampler)[0] == 0
+        assert ask(study_in(tmp_path / f"{sampler}.db", seed=2**40), sampler).number == 0
 
 
 def test_storage_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "study.db").write_text("my diary, with quite a few words in it")
     with pytest.raises(AutotuneError, match="must be an SQLite database"):
-        Study(tmp_path / "study.db", "one", 0)
+        study_in(tmp_path / "study.db")
     assert (tmp_path / "study.db").read_text().startswith("my diary")

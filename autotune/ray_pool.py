@@ -1,0 +1,118 @@
+"""A pool of workers that Ray places: one Ray Tune trial is one long-lived worker, which asks the shared study.
+
+Ray decides where workers run and starts those that die again; what is tried, and what it came to, is the database's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from autotune.config import STORAGE, AutotuneError, JobConfig
+from autotune.study import Study
+from autotune.worker import Overrides, serve
+
+__all__ = ["RayPool", "Serve"]
+
+MAX_DEATHS = 20  # of one worker; what it was at is tried by another, so a death costs one trial's time
+LOCAL = "local"
+
+Serve = Callable[[str, str, Overrides, Callable[[], bool], Callable[[str], None]], int]
+
+
+@dataclass(frozen=True)
+class RayPool:
+    """So many workers on a Ray cluster, each with so many CPUs and GPUs to itself.
+
+    address: of the cluster, auto for the one that runs here, local for one of this process's own. serve: what a worker
+    does, as `autotune.worker.serve`. A worker that measures latency has to own a whole GPU.
+    """
+
+    num_workers: int
+    address: str = "auto"
+    gpus_per_worker: float = 0.0
+    cpus_per_worker: float = 1.0
+    serve: Serve = serve
+
+    def __call__(self, study: Study, config: JobConfig, say: Callable[[str], None]) -> None:
+        """Return once the study has its trials. Raises AutotuneError for a cluster that is not there or too small."""
+        if 0 < self.gpus_per_worker < 1:
+            raise AutotuneError(
+                f"--gpus-per-worker must be a whole number, got {self.gpus_per_worker:g}; on a GPU that others use no "
+                "latency can be measured"
+            )
+        self._connect()
+        here = Overrides(answerers=max(1, int(self.cpus_per_worker)) if config.device == "cpu" else 1)
+        resources = {"cpu": self.cpus_per_worker, "gpu": self.gpus_per_worker}
+        self._check_room(resources)
+        trainable = tune.with_parameters(_work, job=(config.database, study.name, here, self.serve))
+        try:
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, resources),
+                param_space={"worker": tune.grid_search(list(range(self.num_workers)))},
+                run_config=tune.RunConfig(
+                    name=study.name,
+                    storage_path=tempfile.mkdtemp(prefix="btp-ray-"),
+                    failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
+                    callbacks=[_Says(say)],
+                    verbose=0,
+                ),
+            )
+            errors = tuner.fit().errors
+        finally:
+            if self.address == LOCAL:
+                ray.shutdown()
+        if not study.is_done(config.num_trials):
+            raise AutotuneError(
+                f"Ray's workers must finish the study, but they ended before; the last error: {errors[-1:] or 'none'}; "
+                "run the same command again to resume"
+            )
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(
+                address=None if self.address == LOCAL else self.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ConnectionError as error:
+            raise AutotuneError(
+                f"--ray must be the address of a running cluster, got {self.address!r}; start one with ray start "
+                "--head, or give local"
+            ) from error
+
+    def _check_room(self, resources: dict[str, float]) -> None:
+        """Ray would wait for ever for a machine that may come."""
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        for name, least in resources.items():
+            if there.get(name.upper(), 0.0) < least:
+                raise AutotuneError(
+                    f"one worker needs {least:g} {name.upper()} of Ray's cluster, which has "
+                    f"{there.get(name.upper(), 0.0):g}; add machines, or give fewer --gpus-per-worker"
+                )
+
+
+def _work(settings: dict[str, Any], job: tuple[str, str, Overrides, Serve]) -> None:
+    """One worker, in a process of Ray's. The model is loaded once, however many trials it tries."""
+    storage, name, here, work = job
+    os.environ[STORAGE] = storage
+    work(storage, name, here, lambda: False, lambda what: tune.report({"worker": settings["worker"], "says": what}))
+
+
+class _Says(tune.Callback):
+    """Says that there is something new, whenever a worker does."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        self._say("searching")

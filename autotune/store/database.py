@@ -1,0 +1,199 @@
+"""One database: brought to the newest tables, reached again after it went away, asked in whole transactions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tenacity
+from filelock import FileLock
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+
+from autotune.config import AutotuneError, check_sqlite
+from autotune.store.tables import Now
+
+__all__ = ["Database", "StoreError", "begin_immediately"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0  # how long a database may be away in the middle of a study
+FIRST_PATIENCE_S = 10.0  # and at first, when the address may be wrong
+SQLITE_WAIT_S = 60.0  # for another process's transaction
+MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATION_LOCK = 0x6274705F6174  # any number, the same for everybody: "btp_at"
+FULL = ("database or disk is full", "No space left on device", "could not extend file")
+
+Result = TypeVar("Result")
+
+
+class StoreError(AutotuneError):
+    """The database stayed away, or is full."""
+
+
+class Database:
+    """An SQLite file or a PostgreSQL server, connected to when it is first used, with the newest tables in it.
+
+    url: as SQLAlchemy's, such as sqlite:///runs/study.db or postgresql+psycopg://user@host/name. Raises AutotuneError
+    for any other and for a file that is no database, StoreError where the database is full, or stays away for longer
+    than `patience_s`.
+    """
+
+    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+        try:
+            self._url = make_url(url)
+        except ArgumentError as error:
+            raise AutotuneError(f"--storage must be sqlite:///FILE or postgresql+psycopg://…, got {url!r}") from error
+        if self._url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise AutotuneError(f"--storage must be sqlite:///FILE or postgresql+psycopg://…, got {url!r}")
+        self._patience_s = patience_s
+
+    def __str__(self) -> str:
+        return self._url.render_as_string(hide_password=True)
+
+    @property
+    def url(self) -> str:
+        return self._url.render_as_string(hide_password=False)
+
+    @property
+    def file(self) -> Path | None:
+        """Where an SQLite database lies."""
+        return Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to read yet; a server always is."""
+        return self.file is None or self.file.exists()
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """Connected, and its tables up to date."""
+        if self.file is not None:
+            check_sqlite(self.file)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            engine = create_engine(self._url, pool_pre_ping=True, pool_size=2, max_overflow=2)
+        except (ImportError, NoSuchModuleError) as error:
+            raise AutotuneError(
+                f"--storage needs a driver for {self}: {error}; try pip install 'psycopg[binary]'"
+            ) from error
+        if self.file is not None:
+            begin_immediately(engine)
+        weakref.finalize(self, engine.dispose)
+        self._patiently(functools.partial(self._set_up, engine), FIRST_PATIENCE_S)
+        return engine
+
+    def run(self, work: Callable[[Connection], Result]) -> Result:
+        """What `work` returns, all it did in one transaction.
+
+        Done again, from its beginning, where the database went away in the middle: even where only the answer to the
+        commit was lost. So `work` must come to the same when it is done twice.
+        """
+        engine = self.engine
+
+        def once() -> Result:
+            with engine.begin() as connection:
+                return work(connection)
+
+        return self._patiently(once, self._patience_s)
+
+    def redo(self, work: Callable[[], Result]) -> Result:
+        """As `run`, for what brings its own transactions."""
+        return self._patiently(work, self._patience_s)
+
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock."""
+        return self.run(lambda connection: float(connection.execute(select(Now())).scalar_one()))
+
+    @contextmanager
+    def setting_up(self, engine: Engine | None = None) -> Iterator[None]:
+        """One process at a time makes tables, whoever else starts at the same moment."""
+        if self.file is not None:
+            with FileLock(f"{self.file}.lock", mode=0o666):
+                yield
+            return
+        with (engine or self.engine).connect() as connection:  # the lock falls with it
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+            try:
+                yield
+            finally:
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": MIGRATION_LOCK})
+
+    def _set_up(self, engine: Engine) -> None:
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        with self.setting_up(engine), engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def _patiently(self, work: Callable[[], Result], patience_s: float) -> Result:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_transient),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=3.0),
+            stop=tenacity.stop_after_delay(patience_s),
+            before_sleep=_say_once,
+            reraise=True,
+        )
+        try:
+            return retrying(work)
+        except Exception as error:
+            cause = _cause(error)
+            if cause is None:
+                raise
+            reason = str(cause.orig).strip().splitlines()[0] if isinstance(cause, DBAPIError) else str(cause)
+            if any(word in str(cause) for word in FULL):
+                raise StoreError(
+                    f"{self} must have room to write, but: {reason}; free some, and run the same command again"
+                ) from error
+            raise StoreError(
+                f"{self} must be within reach, but: {reason}; mend that, and run the same command again"
+            ) from error
+
+
+def begin_immediately(engine: Engine) -> None:
+    """Have every transaction on SQLite wait for the write lock first: none fails half-way for another's."""
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(1000 * SQLITE_WAIT_S)}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """What the driver said, where an error is about reaching the database, also behind Optuna's own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, (OperationalError, InterfaceError)):
+            return found
+        if isinstance(found, DBAPIError) and found.connection_invalidated:
+            return found
+        found = found.__cause__
+    return None
+
+
+def _is_transient(error: BaseException) -> bool:
+    cause = _cause(error)
+    return cause is not None and not any(word in str(cause) for word in FULL)
+
+
+def _say_once(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1:
+        logger.warning(
+            "waiting for the database (process %d): %s", os.getpid(), state.outcome and state.outcome.exception()
+        )

@@ -1,0 +1,117 @@
+"""What was computed once, for every worker of a study: answers sample by sample, latency pair by pair."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from autotune.scores import Scores
+from autotune.store.database import Database
+from autotune.store.tables import Now, device, kept, latency_block, promotion, sample_result
+
+__all__ = ["Results", "note_promotion"]
+
+
+class Results:
+    """What is known of one model on its data and device. scope: a digest of the three.
+
+    Two workers may compute the same at once; what was kept first counts, for both of them.
+    """
+
+    def __init__(self, database: Database, scope: str) -> None:
+        self._database, self._scope = database, scope
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` found, as JSON: computed once, also over several runs and workers."""
+        found = self._find(name)
+        if found is None:
+            value = json.loads(json.dumps(compute()))
+            self._insert(name, value, ())
+            found = self._find(name)
+        assert found is not None
+        return dict(found[1])
+
+    def answers(self, name: str, compute: Callable[[], Scores]) -> Scores:
+        """As `once`, for the answers to some samples."""
+        found = self._find(name)
+        if found is None:
+            scores = compute()
+            columns = zip(scores.answers, scores.scores, scores.kl, scores.nll, strict=True)
+            rows = [
+                {"sample": sample, "answer": answer, "score": score, "kl": kl, "nll": nll}
+                for sample, (answer, score, kl, nll) in enumerate(columns)
+            ]
+            self._insert(name, {"realised": scores.realised}, rows)
+            found = self._find(name)
+        assert found is not None
+        return self._scores(*found)
+
+    def forget(self) -> None:
+        """Delete all that was kept; measured pairs stay."""
+
+        def act(connection: Connection) -> None:
+            mine = select(kept.c.id).where(kept.c.scope == self._scope)
+            connection.execute(sample_result.delete().where(sample_result.c.kept.in_(mine)))
+            connection.execute(kept.delete().where(kept.c.scope == self._scope))
+
+        self._database.run(act)
+
+    def measured(
+        self, key: Mapping[str, Any], plan: str, limit: str, dense_ms: Sequence[float], pruned_ms: Sequence[float]
+    ) -> None:
+        """Note the raw pairs of a measurement. key: of the device; plan: its digest."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        find = select(device.c.id).where(device.c.digest == digest)
+
+        def act(connection: Connection) -> None:
+            number = connection.execute(find).scalar()
+            if number is None:
+                made = insert(device).values(digest=digest, key=dict(key)).returning(device.c.id)
+                number = connection.execute(made).scalar_one()
+            pairs = {"dense_ms": list(dense_ms), "pruned_ms": list(pruned_ms)}
+            values = {"device": number, "plan": plan, "limit": limit, "measured": Now(), **pairs}
+            connection.execute(insert(latency_block).values(values))
+
+        try:
+            self._database.run(act)
+        except IntegrityError:  # another noted the same device at the same moment
+            self._database.run(act)
+
+    def _find(self, name: str) -> tuple[int, Any] | None:
+        query = select(kept.c.id, kept.c.value).where(kept.c.scope == self._scope, kept.c.name == name)
+        row = self._database.run(lambda connection: connection.execute(query).first())
+        return None if row is None else (row[0], row[1])
+
+    def _insert(self, name: str, value: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+        def act(connection: Connection) -> None:
+            made = insert(kept).values(scope=self._scope, name=name, value=value).returning(kept.c.id)
+            number = connection.execute(made).scalar_one()
+            if samples:
+                connection.execute(insert(sample_result), [{"kept": number, **sample} for sample in samples])
+
+        try:
+            self._database.run(act)
+        except IntegrityError:  # kept already, by another or by an attempt whose answer was lost
+            return
+
+    def _scores(self, number: int, value: Any) -> Scores:
+        columns = (sample_result.c.answer, sample_result.c.score, sample_result.c.kl, sample_result.c.nll)
+        query = select(*columns).where(sample_result.c.kept == number).order_by(sample_result.c.sample)
+        rows = self._database.run(lambda connection: connection.execute(query).all())
+        answers, scores, kl, nll = zip(*rows, strict=True) if rows else ((), (), (), ())
+        realised = tuple((tuple(counts), num) for counts, num in value["realised"])
+        return Scores(answers=answers, scores=scores, realised=realised, kl=kl, nll=nll)
+
+
+def note_promotion(
+    database: Database, *, registry: str, name: str, alias: str, before: int | None, after: int, who: str, why: str
+) -> None:
+    """Log that an alias was moved from one version to another."""
+    values = {"registry": registry, "name": name, "alias": alias, "who": who, "why": why, "promoted": Now()}
+    row = insert(promotion).values(from_version=before, to_version=after, **values)
+    database.run(lambda connection: connection.execute(row))
