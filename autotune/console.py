@@ -17,6 +17,7 @@ from btp.errors import BTPError
 __all__ = ["bar", "errors", "plain", "print_tables"]
 
 stderr = Console(stderr=True)
+WIDE = 1000  # a table is as wide as what stands in it
 
 
 def bar() -> Progress:
@@ -39,9 +40,10 @@ def print_tables(
     lines: Sequence[str],
     width: int,
 ) -> None:
-    """The tables with their rows, then the lines; a pipe is no reason to break a table."""
+    """The tables with their rows, whole, then the lines, broken at `width` or the terminal's where that is wider."""
     console = Console(highlight=False)
-    console.width = max(console.width, width)
+    width = max(console.width, width)
+    console.width = WIDE
     for table, own in zip(tables, rows, strict=True):
         for index, heading in enumerate(headings):
             text = not any(character.isdigit() for character in own[0][index][:1])
@@ -49,6 +51,7 @@ def print_tables(
         for cells in own:
             table.add_row(*cells)
         console.print(table)
+    console.width = width
     for line in lines:
         console.print(line, markup=False)
 

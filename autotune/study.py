@@ -28,6 +28,7 @@ from btp.plan import Plan
 
 __all__ = ["Asked", "Study", "next_draw"]
 
+LEARN_NOTHING = ("qmc", "random")  # samplers that draw alike whatever was told
 MAX_REPEATS = 16  # mutations of a draw that came to nothing new, before one of them is tried after all
 TOKEN = "token"  # of the lease, on the Optuna trial: its worker may die before it can note the trial
 
@@ -49,9 +50,13 @@ def next_draw(
     settings of stages are drawn that it does not have, so a sampler may come back to it for ever: a repeat is mutated,
     each of its settings drawn anew with a probability that rises to one over `MAX_REPEATS` attempts. Else as `suggest`.
     """
-    loss = steering(told).loss
-    observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
-    index = len(observed) if index is None else index
+    index = sum(t.draw is not None for t in told) if index is None else index
+    observed: list[Observed] = []
+    if sampler in LEARN_NOTHING:
+        pending = ()
+    else:
+        loss = steering(told).loss
+        observed = [Observed(t.draw, loss(t), t.ratio, t.over) for t in told if t.draw is not None]
     draw = drawn = suggest(sampler, ranges, observed, seed, whole_front=whole_front, index=index, pending=pending)
     rng = random.Random(f"{seed} {index}")
     for attempt in range(1, MAX_REPEATS + 1):
@@ -194,7 +199,7 @@ class Study:
         told: Sequence[Told],
         same: Callable[[Draw], Told | None],
     ) -> Draw:
-        others = [each for each in self.leases.all() if each.draw_index is not None and each.work is not None]
+        others = self.leases.drawn("failed", "held")
         failed = [each.work for each in others if each.state == "failed"]
         pending = [dict(each.work or {}) for each in others if each.state == "held" and each.token != held.token]
         nothing = next(iter(told), None)

