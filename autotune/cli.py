@@ -356,7 +356,11 @@ def _run_job(config: JobConfig, as_json: bool, pool: Pool | None) -> None:
             told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
             progress.update(line, description=what, completed=steps, told=told)
 
-        outcome = job.run(config, data.load_splits(config.data), show, pool)
+        def opened(study: str) -> None:
+            if not as_json:
+                progress.console.print(f"study {study}; others may join: autotune worker --study {study}", markup=False)
+
+        outcome = job.run(config, data.load_splits(config.data), show, pool, opened)
     if as_json:
         print(json.dumps(outcome.to_dict()))
     else:

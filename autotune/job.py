@@ -37,11 +37,16 @@ FASTEST = Plan(stages=(Stage(layer=0, keep=0.0, selector="uniform"),))
 
 
 def run(
-    config: JobConfig, splits: Mapping[str, Sequence[Example]], progress: Progress, pool: Pool | None = None
+    config: JobConfig,
+    splits: Mapping[str, Sequence[Example]],
+    progress: Progress,
+    pool: Pool | None = None,
+    opened: Callable[[str], None] = lambda study: None,
 ) -> Outcome:
     """Tune `config.model` on the splits. Raises AutotuneError, BTPError or RegistryError for what a user can mend.
 
-    pool: has others try the trials; without one this process does.
+    pool: has others try the trials; without one this process does. opened: told the study's name as soon as workers
+    may ask it.
     """
     began = time.monotonic()
     space = SearchSpace.load(config.space)
@@ -61,6 +66,7 @@ def run(
     search = Search(config, bench, study, space, say)
     search.prepare(limit, registered(config, bench))
     study.leases.open({"settings": config.to_dict(), "fits": identity(bench)}, config.num_trials)
+    opened(name)
     if pool is None:
         search.run()
     else:

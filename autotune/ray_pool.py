@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from autotune.worker import Overrides, serve
 __all__ = ["RayPool", "Serve"]
 
 MAX_DEATHS = 20  # of one worker; what it was at is tried by another, so a death costs one trial's time
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
+KNOCK_S = 5.0
 
 Serve = Callable[[str, str, Overrides, Callable[[], bool], Callable[[str], None]], int]
 
@@ -36,7 +38,7 @@ class RayPool:
     """
 
     num_workers: int
-    address: str = "auto"
+    address: str = AUTO
     gpus_per_worker: float = 0.0
     cpus_per_worker: float = 1.0
     serve: Serve = serve
@@ -79,16 +81,23 @@ class RayPool:
         if ray.is_initialized():
             return
         try:
+            self._knock()
             ray.init(
                 address=None if self.address == LOCAL else self.address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
             raise AutotuneError(
                 f"--ray must be the address of a running cluster, got {self.address!r}; start one with ray start "
                 "--head, or give local"
             ) from error
+
+    def _knock(self) -> None:
+        """Raise OSError or ValueError where nobody listens at the address: Ray itself would try for minutes."""
+        if self.address not in (LOCAL, AUTO):
+            host, _, port = self.address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
     def _check_room(self, resources: dict[str, float]) -> None:
         """Ray would wait for ever for a machine that may come."""

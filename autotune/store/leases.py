@@ -7,6 +7,7 @@ however many workers there are, they happen one after the other, and the number 
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import uuid
@@ -253,10 +254,11 @@ class Leases:
         return insert(lease).values({"study": self._study, "attempt": 0, "settled": False, **values})
 
     def _give_up_dead(self, connection: Connection) -> None:
-        held = select(lease, (lease.c.expires <= Now()).label("is_over")).where(self._mine, lease.c.state == "held")
-        for row in connection.execute(held).mappings().all():
-            if row["is_over"] or _is_dead(row["worker"]):
-                self._give_up(connection, row, "expired", EXPIRED if row["is_over"] else "its worker died")
+        held = select(lease.c.token, lease.c.worker, lease.c.expires <= Now())
+        for token, worker, is_over in connection.execute(held.where(self._mine, lease.c.state == "held")).all():
+            if is_over or _is_dead(worker):
+                row = connection.execute(select(lease).where(lease.c.token == token)).mappings().one()
+                self._give_up(connection, row, "expired", EXPIRED if is_over else "its worker died")
 
     def _give_up(self, connection: Connection, row: RowMapping, state: str, reason: str) -> None:
         """End a held lease without a result, and let the trial wait for another attempt, if it has one left."""
@@ -304,6 +306,7 @@ def this_worker() -> str:
     return f"{_host()}/{os.getpid()}/{_began(os.getpid())}"
 
 
+@functools.cache
 def _host() -> str:
     """The host and, in it, the process numbers that this process sees: two containers may share a name."""
     numbers = Path("/proc/self/ns/pid")

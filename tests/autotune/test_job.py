@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from autotune.bench import Bench
 from autotune.cli import app
 from autotune.config import JobConfig, Limit
 from autotune.registry import Registry
+from autotune.store import Database
+from autotune.study import Study
 from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
@@ -75,20 +79,46 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def finished(handed_in: Path, kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A job that was killed in the middle of its search, and then run again to its end."""
+    """A job of two workers: itself killed in the middle of its search, run again, and a worker of it killed then."""
     out = tmp_path_factory.mktemp("job") / "out"
-    line = [sys.executable, "-m", "autotune.cli", *arguments(handed_in, out)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(kept(out)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(kept(out)) >= 4
+    first = started(handed_in, out)
+    wait_until(lambda: len(kept(out, "select-%")) >= 3)
+    workers = holders(out)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in workers))  # they end with it
     assert not (out / "trials.json").exists()
-    done = run(*arguments(handed_in, out))
-    assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout)
+    again = started(handed_in, out)
+    wait_until(lambda: any(process not in workers for process in holders(out)))
+    os.kill(next(process for process in holders(out) if process not in workers), signal.SIGKILL)
+    told, said = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    return out, json.loads(told)
+
+
+def started(folder: Path, out: Path) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "autotune.cli", *arguments(folder, out, "--workers", "2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def holders(out: Path) -> set[int]:
+    """The processes that hold a lease."""
+    held = [each for each in study_of(out).leases.all() if each.state == "held"]
+    return {int((each.worker or "").split("/")[-2]) for each in held}
+
+
+def study_of(out: Path) -> Study:
+    with closing(sqlite3.connect(out / "study.db", timeout=30.0)) as connection:
+        ((name,),) = connection.execute("SELECT study FROM job").fetchall()
+    return Study(Database(f"sqlite:///{out / 'study.db'}"), name, 0)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_job_ends_with_a_registered_profile_that_does_what_it_says(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -127,7 +157,14 @@ def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> 
     assert 0 < search["latency_model_error"]["median"] <= search["latency_model_error"]["worst"]
 
 
-def test_a_killed_job_loses_no_trial_and_counts_none_twice(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_a_killed_job_and_a_killed_worker_lose_no_trial_and_count_none_twice(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    leases = study_of(finished[0]).leases
+    assert leases.counts()["told"] == 7
+    assert leases.counts()["expired"] >= 1
+    assert leases.unsettled() == []
+    assert {each.reason for each in leases.all() if each.state == "expired"} == {"its worker died"}
     trials = json.loads((finished[0] / "trials.json").read_text())
     assert len(trials) == 7
     names = [trial["name"] for trial in trials]
