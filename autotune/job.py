@@ -57,6 +57,7 @@ def run(
     _check_plans(config, bench)
     progress("measuring dense", 0, 0, None)
     limit = _feasible_limit(bench, config)
+    config.out.mkdir(parents=True, exist_ok=True)
     name = study_name(bench, config, space)
     if config.fresh:  # only this study and its scores; the registry keeps its history
         Study.forget(bench.database, name)

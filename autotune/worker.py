@@ -121,7 +121,7 @@ def stop_with_parent() -> None:
     """Have this process stop, as by SIGTERM, once its standard input ends: whoever started it is gone, however."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        while os.read(sys.stdin.fileno(), 1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
