@@ -158,12 +158,13 @@ class LocalPool:
                     if status == 0:  # there is nothing left to ask for: the others finish
                         continue
                     deaths += 1
-                    logger.warning("a worker ended with status %d, the %dth in a row", status, deaths)
+                    logger.warning("a worker ended with status %d; %d in a row by now", status, deaths)
                     if deaths > MAX_DEATHS:
                         raise AutotuneError(
                             f"workers must live, but {deaths} died without a trial told in between, the last with "
                             f"status {status}: {worker.last_words}; mend that, and run the same command again to resume"
                         )
+                    worker.stop()
                     self._workers[place] = _Child(command, environment)
                 time.sleep(POLL_S)
         finally:
