@@ -167,15 +167,16 @@ def worker(
 ) -> None:
     """Try trials of a running study, on any host, until it has them all; Ctrl-C hands the current one back."""
     with errors(debug):
+        from autotune import stopping
         from autotune import worker as workers
 
         if until_stdin_closes:
-            workers.stop_with_parent()
+            stopping.stop_with_parent()
         here = workers.Overrides(model=model, data=data, device=device, answerers=answerers or CORES)
-        with workers.stopping() as stop:
+        with stopping.stopping() as stop:
             try:
                 told = workers.serve(storage, study, here, stop, stderr.print)
-            except workers.StoppedError:
+            except stopping.StoppedError:
                 stderr.print("stopped; the trial it was at was handed back")
                 return
         stderr.print(f"done: {told} trials told by this worker")

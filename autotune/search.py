@@ -28,6 +28,7 @@ from autotune.racing import ERROR_RATE, Race
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
 from autotune.space import Draw, SearchSpace, rescale
+from autotune.stopping import StoppedError
 from autotune.store import LeaseLostError, StoreError
 from autotune.study import Asked, Study
 from btp import presets
@@ -42,7 +43,6 @@ __all__ = [
     "LEARNED",
     "PUBLISHED",
     "Search",
-    "StoppedError",
     "in_stages",
     "learning_budget",
     "scaled",
@@ -67,10 +67,6 @@ FAR = 0.1  # over the limit by more than this share, a plan is not as good as it
 IDLE_S = 0.2  # between looks at whether there is something to try again
 BEATS = 4  # signs of life that a lease has room for
 CLOSER, AGAIN = ", closer to the limit", ", again"
-
-
-class StoppedError(Exception):
-    """The search was asked to stop, and has handed back what it was at."""
 
 
 class Search:

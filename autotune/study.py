@@ -9,7 +9,7 @@ import weakref
 from bisect import insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -105,9 +105,7 @@ class Study:
     @functools.cached_property
     def _storage(self) -> RDBStorage:
         with self._database.setting_up():
-            storage = self._database.redo(
-                lambda: RDBStorage(self._database.url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
-            )
+            storage = self._database.redo(lambda: RDBStorage(self._database.url, engine_kwargs={"pool_size": 2}))
         if self._database.file is not None:
             begin_immediately(storage.engine)
             storage.engine.dispose()  # of the connections that began otherwise
@@ -177,7 +175,7 @@ class Study:
         and on nothing else, so a resumed study asks what an unbroken one would have; with several it depends on their
         pace too, but for "qmc" and "random", whose draws are the same in another order. same: as of `next_draw`.
         """
-        self.settle()
+        self._settle(self.leases.abandoned(self._worker))
         told = self.told()
         held = self.leases.claim(self._worker, target, sum(t.draw is not None for t in told))
         if held is None:
@@ -189,6 +187,7 @@ class Study:
         except LeaseLostError:
             self._close(trial_id, TrialState.FAIL)
             return None
+        held = replace(held, trial_id=trial_id)
         return Asked(held, Plan.from_dict(dict(work)) if held.name is not None else dict(work))
 
     def _drawn(
@@ -234,27 +233,33 @@ class Study:
         draw = dict(told.draw) if told.draw is not None else None
         record = {**asdict(told), "plan": told.plan.to_dict(), "by_task": dict(told.by_task), "draw": draw}
         self.leases.tell(asked.lease, record, key)
-        self.settle()
+        if asked.lease.trial_id is not None:
+            self._finish(asked.lease.trial_id, told)
+            self.leases.settled(asked.lease)
 
     def fail(self, asked: Asked, reason: str) -> None:
         """Finish a trial that cannot be scored."""
         self.leases.fail(asked.lease, reason)
-        self.settle()
+        self._settle(self.leases.unsettled(asked.lease.token))
 
     def release(self, asked: Asked, reason: str) -> None:
         """Hand the trial back, for another worker to try anew."""
         self.leases.release(asked.lease, reason)
-        self.settle()
+        self._settle(self.leases.unsettled(asked.lease.token))
 
     def settle(self) -> None:
         """Bring the Optuna trials of ended leases to the same end, also of workers that were killed in between."""
-        for ended in self.leases.unsettled():
+        self._settle(self.leases.unsettled())
+
+    def _settle(self, leases: Collection[Lease]) -> None:
+        for ended in leases:
             for trial_id in [ended.trial_id] if ended.trial_id is not None else self._running(ended.token):
                 self._end(trial_id, ended)
             self.leases.settled(ended)
 
     def sweep(self) -> None:
         """End Optuna trials that still run though no lease is on them: a worker died, or lost an answer, in `ask`."""
+        self.settle()
         held = {each.token for each in self.leases.all() if each.state == "held"}
         for trial_id in self._running(None, held):
             self._close(trial_id, TrialState.FAIL)
@@ -271,8 +276,10 @@ class Study:
         found = self.leases.record(ended.token) if ended.state == "told" else None
         if found is None:
             self._close(trial_id, TrialState.FAIL, attrs={"reason": ended.reason or ""})
-            return
-        told = _told(found.record)
+        else:
+            self._finish(trial_id, _told(found.record))
+
+    def _finish(self, trial_id: int, told: Told) -> None:
         constraint = optuna.create_trial(values=[0.0, 0.0], constraints={CONSTRAINT: told.over}).system_attrs
         state, values = (TrialState.COMPLETE, [told.merit, told.ratio]) if told.complete else (TrialState.PRUNED, None)
         self._close(trial_id, state, values, constraint=constraint)

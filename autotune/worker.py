@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from autotune import data
 from autotune.bench import Bench
 from autotune.config import STORAGE, AutotuneError, JobConfig
 from autotune.job import identity
-from autotune.search import Search, StoppedError
+from autotune.search import Search
 from autotune.space import SearchSpace
 from autotune.store import Database, Leases
 from autotune.study import Study
 
-__all__ = ["LocalPool", "Overrides", "StoppedError", "serve", "stop_with_parent", "stopping"]
+__all__ = ["LocalPool", "Overrides", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,34 +96,6 @@ class _Count:
             self.told += 1
             what = f"{self.told} trials told by this worker, {self._study.num_done} finished"
         self._say(what)
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come. A second one ends the process at once."""
-    came = threading.Event()
-
-    def note(number: int, _: Any) -> None:
-        came.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def stop_with_parent() -> None:
-    """Have this process stop, as by SIGTERM, once its standard input ends: whoever started it is gone, however."""
-
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autotune.config import STORAGE
-from autotune.search import StoppedError
+from autotune.stopping import StoppedError, stop_with_parent, stopping
 from autotune.store import Database, LeaseLostError
 from autotune.study import Asked, Study
-from autotune.worker import stop_with_parent, stopping
 from benchmarks.grid import GRID
 from benchmarks.tabular import Table
 

@@ -78,7 +78,7 @@ class Database:
             check_sqlite(self.file)
             self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            engine = create_engine(self._url, pool_pre_ping=True, pool_size=2, max_overflow=2)
+            engine = create_engine(self._url, pool_size=2, max_overflow=2)
         except (ImportError, NoSuchModuleError) as error:
             raise AutotuneError(
                 f"--storage needs a driver for {self}: {error}; try pip install 'psycopg[binary]'"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Insert, RowMapping, and_, case, delete, func, insert, select, update
+from sqlalchemy import Connection, Insert, RowMapping, and_, case, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from autotune.store.database import Database
@@ -166,7 +166,8 @@ class Leases:
             state = connection.execute(select(lease.c.state).where(lease.c.token == held.token)).scalar()
             if state == "held":
                 connection.execute(insert(evaluation).values(known | {"number": held.number, "key": key}))
-                connection.execute(update(lease).where(lease.c.token == held.token).values(state="told", expires=None))
+                ended = {"state": "told", "expires": Now() + self.seconds}  # until then its worker settles it
+                connection.execute(update(lease).where(lease.c.token == held.token).values(ended))
             elif state != "told":
                 connection.execute(insert(late_result).values(known | {"worker": held.worker or ""}))
             return state in ("held", "told")
@@ -186,10 +187,15 @@ class Leases:
         """Note that the Optuna trial says what the lease does."""
         self._database.run(lambda c: c.execute(update(lease).where(lease.c.token == ended.token).values(settled=True)))
 
-    def unsettled(self) -> list[Lease]:
-        """Ended leases whose Optuna trial may not know it yet."""
-        ended = lease.c.state.not_in(OPEN)
-        return self._leases(select(lease).where(self._mine, ended, lease.c.settled.is_(False)))
+    def unsettled(self, token: int | None = None) -> list[Lease]:
+        """Ended leases whose Optuna trial may not know it yet; or one of them."""
+        return self._leases(self._unsettled if token is None else self._unsettled.where(lease.c.token == token))
+
+    def abandoned(self, worker: str) -> list[Lease]:
+        """Those of the unsettled that no other living worker is about to settle: not all workers at once try to."""
+        query = self._unsettled.add_columns(func.coalesce(lease.c.expires <= Now(), true()).label("is_over"))
+        rows = self._database.run(lambda c: c.execute(query).mappings().all())
+        return [_lease(row) for row in rows if row["is_over"] or row["worker"] == worker or _is_dead(row["worker"])]
 
     def drawn(self, *states: str) -> list[Lease]:
         """Attempts at draws that were made, in these states, oldest first."""
@@ -235,6 +241,10 @@ class Leases:
     @property
     def _mine(self) -> Any:
         return lease.c.study == self._study
+
+    @property
+    def _unsettled(self) -> Any:
+        return select(lease).where(self._mine, lease.c.state.not_in(OPEN), lease.c.settled.is_(False))
 
     def _locked(self, connection: Connection) -> Any:
         """Hold the study's row until the transaction ends. On SQLite the transaction itself is the lock."""

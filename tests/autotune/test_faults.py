@@ -22,8 +22,9 @@ import torch
 from optuna.trial import TrialState
 
 from autotune.objective import Told
-from autotune.search import Search, StoppedError
+from autotune.search import Search
 from autotune.space import SearchSpace
+from autotune.stopping import StoppedError
 from autotune.store import Database, Leases
 from autotune.study import Study
 from btp.plan import Plan

@@ -253,6 +253,21 @@ def test_what_was_told_is_read_in_order_while_others_tell(storage: str) -> None:
     assert sorted(e.number for e in seen) == list(range(60))
 
 
+def test_draws_are_found_by_state_once_they_are_made(storage: str) -> None:
+    study = leases(storage)
+    study.enqueue("fixed", {"p": 1})
+    claimed = [each for each in (study.claim("w", 5) for _ in range(5)) if each is not None]
+    for each in claimed[:4]:
+        study.started(each, each.number, {"x": each.number})
+    _, told, failed, _, _ = claimed
+    study.tell(told, {}, "")
+    study.fail(failed, "broken")
+    assert [(each.state, each.work) for each in study.drawn("held", "failed")] == [
+        ("failed", {"x": 2}),
+        ("held", {"x": 3}),
+    ]
+
+
 def test_a_closed_study_is_not_open_to_workers(storage: str) -> None:
     study = leases(storage)
     assert study.opened == {"model": "m"}

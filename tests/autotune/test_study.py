@@ -177,6 +177,17 @@ def test_a_stopped_trial_counts_and_teaches_but_is_never_optunas_best(tmp_path):
     assert ask(without, "qmc").work != next_draw
 
 
+@pytest.mark.parametrize("sampler", ["qmc", "random"])
+def test_a_sampler_that_learns_nothing_draws_by_its_place_alone(sampler):
+    known = [told(number, {"layer": number % 8, "weight": 0.1, "selector": "diversity"}) for number in range(3)]
+    draws = [
+        next_draw(sampler, RANGES, finished, 0, lambda draw: None, index=index, pending=pending)
+        for finished, index, pending in ((known, None, ()), (known[:1], 3, [known[2].draw]), ([], 3, ()))
+    ]
+    assert draws[0] == draws[1] == draws[2]
+    assert next_draw(sampler, RANGES, known, 0, lambda draw: None, index=4) != draws[0]
+
+
 def test_a_draw_that_repeats_is_mutated_until_it_is_new():
     known = [told(number, {"layer": 4, "weight": 0.8, "selector": "diversity"}) for number in range(12)]
     first = next_draw("tpe", RANGES, known, 0, lambda draw: None)

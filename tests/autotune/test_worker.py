@@ -57,7 +57,8 @@ def test_a_signal_has_a_worker_hand_its_trial_back_and_end_well(storage: str, nu
 def test_a_second_signal_ends_a_worker_at_once(tmp_path: Path) -> None:
     """One that does not come to look whether it is to stop, as it would in a long computation."""
     code = (
-        "import time\nfrom autotune.worker import stopping\nwith stopping() as stop:\n    print('ready', flush=True)\n"
+        "import time\nfrom autotune.stopping import stopping\n"
+        "with stopping() as stop:\n    print('ready', flush=True)\n"
         "    until = time.monotonic() + 60\n    while time.monotonic() < until:\n        time.sleep(0.01)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
