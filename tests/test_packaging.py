@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT: dict[str, Any] = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+INSTALLED = re.findall(r"-e '\.\[(.+)\]'", (ROOT / "Makefile").read_text())[0].split(",")
 TUNER_ONLY = {"datasets", "fastapi", "matplotlib", "mlflow", "optuna", "plotly", "ray", "scipy", "sqlalchemy", "typer"}
 
 
@@ -71,7 +72,7 @@ def test_each_package_belongs_to_one_extra(package: str, extra: str) -> None:
 def test_constraints_pin_every_requirement_of_the_checks_and_name_no_address() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
-    wanted = PROJECT["dependencies"] + EXTRAS["tune"] + EXTRAS["dev"]
+    wanted = PROJECT["dependencies"] + [name for extra in INSTALLED for name in EXTRAS[extra]]
     assert names(wanted) <= names(lines)
     assert "torchvision" not in names(lines)
 

@@ -29,7 +29,7 @@ from btp.cost import image_token_flops
 from btp.plan import Plan, Stage
 from btp.presets import SYSTEMS
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(200)]
 
 Kept = Callable[..., list[tuple[Any, ...]]]
 TASKS = ("existence", "reading")

@@ -30,7 +30,7 @@ from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(280)]
 
 Kept = Callable[..., list[tuple[Any, ...]]]
 

@@ -17,6 +17,8 @@ from btp.cost import image_token_flops, mean_tokens, tokens_per_layer
 from btp.plan import Plan, Stage
 from btp.selection import SELECTORS
 
+pytestmark = pytest.mark.alone
+
 TINY = shapes.SHAPES["small"]
 NUM_SYSTEMS = len(presets.SYSTEMS) + 1
 

@@ -9,6 +9,8 @@ from benchmarks import repeatability
 from benchmarks.repeatability import around_the_others, inside, lag_one
 from btp.intervals import Interval
 
+pytestmark = pytest.mark.alone
+
 THREE = [Interval(1.0, 0.9, 1.1), Interval(1.05, 1.04, 1.06), Interval(2.0, 0.0, 3.0)]
 
 

@@ -13,6 +13,8 @@ from benchmarks.layer import Layer
 from benchmarks.turns import Bench
 from btp import ops, presets
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(autouse=True)
 def _same_threads_after():

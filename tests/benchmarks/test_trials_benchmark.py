@@ -11,6 +11,8 @@ from benchmarks import trials
 from btp.cost import image_token_flops, tokens_per_layer
 from btp.plan import Plan
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

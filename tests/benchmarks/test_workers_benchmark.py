@@ -7,6 +7,8 @@ import pytest
 from benchmarks import workers
 from benchmarks.tabular import Table
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

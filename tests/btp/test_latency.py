@@ -25,6 +25,8 @@ from btp.latency import LatencyBlocks, WarmUp, Window
 from btp.timing import Run
 from tests.btp.tape import Tape
 
+pytestmark = pytest.mark.alone
+
 PLAN = Plan(stages=(Stage(layer=1, keep=0.5),))
 CPU = torch.device("cpu")
 BUSY = "print(flush=True)\nwhile True: pass"
