@@ -14,6 +14,7 @@ from btp.presets import SYSTEMS
 
 __all__ = [
     "MIN_TRIALS",
+    "OPTUNA_PROXY",
     "STORAGE",
     "AutotuneError",
     "CompareConfig",
@@ -26,6 +27,8 @@ __all__ = [
 
 STORAGE = "AUTOTUNE_STORAGE"
 """The variable with the database's address: a command line, and a password in it, is for all to read."""
+OPTUNA_PROXY = "AUTOTUNE_OPTUNA_PROXY"
+"""The variable with HOST:PORT of Optuna's gRPC storage proxy, where workers are to share one."""
 MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
 

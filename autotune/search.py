@@ -1,16 +1,11 @@
-"""The search: published plans first, then draws of the space, each raced against the front and measured on the device.
-
-A trial goes through the samples of `select` look by look. At every look it stops where racing says that it will not
-enter the front at its latency. That is the modelled latency at the first look, less what the model may err; whoever is
-left is measured then, and stops there if it is surely over the limit.
-"""
+"""The search: published plans first, then draws of the space, as each of a study's workers goes about it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -19,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from autotune.bench import NUM_LEARNED, Bench
-from autotune.certify import Interval
 from autotune.config import AutotuneError, JobConfig
-from autotune.evaluation import Scores
 from autotune.latency_model import CPU_TILES, TILES, LatencyModel
-from autotune.objective import Told, front, rivals, steering
-from autotune.racing import ERROR_RATE, Race
+from autotune.objective import Told, front, steering
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
+from autotune.scoring import DENSE, Scoring
 from autotune.space import Draw, SearchSpace, rescale
 from autotune.stopping import StoppedError
 from autotune.store import LeaseLostError, StoreError
@@ -52,7 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-DENSE = Plan(stages=())
 CONTROLS = {"random": presets.random_control, "uniform": presets.uniform_control}
 PUBLISHED = tuple(name for name in presets.SYSTEMS if name not in ("dense", "btp_released", *CONTROLS))
 """Tried at the limit beside the hand-set plan, which is the released code's."""
@@ -78,8 +70,6 @@ class Search:
         self._config, self._bench, self._study, self._space, self._say = config, bench, study, space, say
         self._decoder, self._num_image_tokens = bench.anatomy.decoder, bench.key.image_tokens
         self._num_layers = self._decoder.num_layers
-        # Half the error before a trial is measured and half after it, for its rivals are others then.
-        self._race = Race([e.task for e in bench.splits["select"]], ERROR_RATE / 2)
 
     def prepare(self, limit: float, known: Mapping[str, Plan]) -> None:
         """Begin the study, if nobody has, and have every fixed plan wait to be tried.
@@ -163,7 +153,7 @@ class Search:
         key = self._key(plan)
         same = self._study.same_as(key)
         number, name = asked.number, asked.name
-        told = self._try(number, name, plan) if same is None else replace(same, number=number, name=name)
+        told = self._scoring(number, name, plan) if same is None else replace(same, number=number, name=name)
         return replace(told, draw=draw), key
 
     @cached_property
@@ -175,6 +165,10 @@ class Search:
     def latency(self) -> LatencyModel:
         """Fitted to the study's own probes."""
         return LatencyModel.from_dict(self._study.notes["latency"])
+
+    @cached_property
+    def _scoring(self) -> Scoring:
+        return Scoring(self._bench, self._study, self.latency, self.limit, self._config.guard)
 
     def at_limit(self, plan: Plan) -> Plan:
         """The same system with its keep fractions and layers scaled until its modelled latency is the limit."""
@@ -311,67 +305,6 @@ class Search:
     def _decoded(self, draw: Draw) -> Plan:
         share = draw.get("budget", self._space.budget.high)
         return self._solved(self._space.schedule(draw, self._num_layers), float(share) * self.limit)
-
-    def _try(self, number: int, name: str, plan: Plan) -> Told:
-        """Score the plan look by look, and measure it if the first look does not end it."""
-        modelled = self.latency.ratio(plan)
-        ratio, measured = Interval(modelled, modelled, modelled), False
-        fastest = modelled * (1 - self.latency.error.worst)
-        looks: list[tuple[int, float, float]] = []
-        for scores in self._bench.running_scores(plan, "select"):
-            told = self._told(number, name, plan, scores)
-            looks.append((told.num_samples, told.score, told.proxy))
-            surely_beaten = self._is_dominated(scores, fastest)
-            if not measured and (told.complete or not surely_beaten):
-                ratio, measured = self._bench.ratio(plan)[0], True
-                fastest = ratio.value
-            told = replace(
-                told,
-                looks=tuple(looks),
-                measured=measured,
-                ratio=ratio.value,
-                ratio_low=ratio.low,
-                ratio_high=ratio.high,
-            )
-            if surely_beaten or ratio.low > self.limit:
-                break
-        return told
-
-    def _is_dominated(self, scores: Scores, ratio: float) -> bool:
-        members = [self._bench.scores(t.plan, "select").scores for t in rivals(self._study.told(), ratio)]
-        return self._race.is_dominated(scores.scores, members)
-
-    def _told(self, number: int, name: str, plan: Plan, scores: Scores) -> Told:
-        """What the samples so far say; nothing of latency yet."""
-        num_samples = len(scores.scores)
-        by_task = self._by_task(scores.scores)
-        dense = self._by_task(self._bench.scores(DENSE, "select").scores[:num_samples])
-        kept = [by_task[task] / dense[task] for task in by_task if dense[task] > 0]
-        return Told(
-            number=number,
-            name=name,
-            plan=plan,
-            num_samples=num_samples,
-            score=sum(by_task.values()) / len(by_task),
-            proxy=float(np.mean(scores.kl)),
-            nll=float(np.mean(scores.nll)),
-            by_task=by_task,
-            worst_task=min(kept, default=1.0),
-            ratio=math.nan,
-            ratio_low=math.nan,
-            ratio_high=math.nan,
-            measured=False,
-            limit=self.limit,
-            guard=self._config.guard,
-            complete=num_samples == self._bench.looks[-1],
-        )
-
-    def _by_task(self, scores: Sequence[float]) -> dict[str, float]:
-        """Means of the tasks over the first samples."""
-        found: dict[str, list[float]] = {}
-        for example, score in zip(self._bench.splits["select"], scores, strict=False):
-            found.setdefault(example.task, []).append(score)
-        return {task: float(np.mean(values)) for task, values in sorted(found.items())}
 
 
 def _selectors(plan: Plan) -> tuple[str, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import random
+import warnings
 import weakref
 from bisect import insort
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,11 +17,12 @@ from types import MappingProxyType
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from autotune.config import OPTUNA_PROXY, AutotuneError
 from autotune.objective import Told, steering
 from autotune.ranges import Draw, Range, random_draw
 from autotune.samplers import CONSTRAINT, Observed, distributions, suggest
@@ -30,6 +33,7 @@ __all__ = ["Asked", "Study", "next_draw"]
 
 LEARN_NOTHING = ("qmc", "random")  # samplers that draw alike whatever was told
 MAX_REPEATS = 16  # mutations of a draw that came to nothing new, before one of them is tried after all
+PROXY_PATIENCE_S = 10.0
 TOKEN = "token"  # of the lease, on the Optuna trial: its worker may die before it can note the trial
 
 
@@ -103,7 +107,11 @@ class Study:
         self._last_place = 0
 
     @functools.cached_property
-    def _storage(self) -> RDBStorage:
+    def _storage(self) -> BaseStorage:
+        proxy = os.environ.get(OPTUNA_PROXY)
+        return self._own_storage() if proxy is None else _proxied(proxy)
+
+    def _own_storage(self) -> RDBStorage:
         with self._database.setting_up():
             storage = self._database.redo(lambda: RDBStorage(self._database.url, engine_kwargs={"pool_size": 2}))
         if self._database.file is not None:
@@ -326,6 +334,24 @@ class Study:
             study = cls(database, name, 0)
             study._database.redo(lambda: study._storage.delete_study(study._study_id))
             study.leases.forget()
+
+
+def _proxied(address: str) -> GrpcStorageProxy:
+    """Optuna's tables through its proxy, which needs their database and no worker does."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise AutotuneError(f"{OPTUNA_PROXY} must be HOST:PORT, got {address!r}; unset it to do without a proxy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        storage = GrpcStorageProxy(host=host, port=int(port))
+    try:
+        storage.wait_server_ready(PROXY_PATIENCE_S)
+    except ConnectionError as error:
+        raise AutotuneError(
+            f"{OPTUNA_PROXY} must be a proxy that runs, got {address!r}; start it, or unset it"
+        ) from error
+    weakref.finalize(storage, storage._channel.close)
+    return storage
 
 
 def _told(record: Mapping[str, Any]) -> Told:

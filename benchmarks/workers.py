@@ -7,7 +7,7 @@ Workers are processes with connections of their own, and trials are looked up in
 first trial is not counted: start-up falls into it, and all wait for the last one before they go on at once, so that
 they ask in the same moment, the worst case. Without `--storage` the server is PostgreSQL of this benchmark's own, its
 files on this machine's disk; SQLite is measured beside it. Growth is one study told without sleep; an ask and a tell of
-its last trials are held against those around its hundredth.
+its last trials are held against those around its hundredth. With AUTOTUNE_OPTUNA_PROXY all go through Optuna's proxy.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ EFFICIENCY = 0.9  # of linear, at so many workers with trials of so many seconds
 AT_WORKERS, AT_SECONDS = 32, 2.0
 GROWTH = 3.0  # times what an ask and a tell take around trial 100
 ON_SQLITE = (1, 2, 4, 8)
+LINKED = (2, 4)  # studies that the most workers share, evenly
 TRIALS_PER_WORKER, MIN_TRIALS = 10, 12
 GROWTH_WORKERS = 4
 GROWN_TO = {"random": (100, 500, 1000, 2000), "tpe": (100, 200, 300)}
@@ -61,18 +62,20 @@ class Timed:
 
 
 def timed(
-    storage: str, sampler: str, num_workers: int, num_trials: int, seconds: float, table: Table
+    storage: str, sampler: str, num_workers: int, num_trials: int, seconds: float, table: Table, num_studies: int = 1
 ) -> tuple[float, list[Timed]]:
     """When so many workers began together, and the trials that they told from then on, oldest first.
 
-    Raises RuntimeError where a worker fails, or a trial is told twice or never.
+    They share as many studies, evenly. Raises RuntimeError where a worker fails, or a trial is told twice or never.
     """
-    name, target = f"workers-{uuid.uuid4().hex[:12]}", num_workers + num_trials
-    open_study(storage, name, target, sampler)
+    names = [f"workers-{uuid.uuid4().hex[:12]}" for _ in range(num_studies)]
+    target = (num_workers + num_trials) // num_studies
+    for seed, name in enumerate(names):
+        open_study(storage, name, target, sampler, seed)
     fork = multiprocessing.get_context("fork")  # what is imported and loaded is there already
     together, sent = fork.Barrier(num_workers), fork.SimpleQueue()
 
-    def try_trials() -> None:
+    def try_trials(name: str) -> None:
         began, told = 0.0, []
 
         def note(trial: str) -> None:
@@ -86,7 +89,9 @@ def timed(
         counted = zip(told[1:], times[1:], strict=True)
         sent.put((began, told[0][0], [Timed(number, at, *took) for (number, at), took in counted]))
 
-    processes = [fork.Process(target=try_trials, daemon=True) for _ in range(num_workers)]
+    processes = [
+        fork.Process(target=try_trials, args=(names[n % num_studies],), daemon=True) for n in range(num_workers)
+    ]
     for process in processes:
         process.start()
     found = [_received(sent, processes) for _ in processes]
@@ -94,9 +99,10 @@ def timed(
         process.join(PATIENCE_S)
     trials = sorted((trial for _, _, told in found for trial in told), key=lambda trial: trial.told_at)
     numbers = sorted([first for _, first, _ in found] + [trial.number for trial in trials])
-    if numbers != list(range(target)):
+    if numbers != sorted([*range(target)] * num_studies):
         raise RuntimeError(f"{num_workers} workers must tell trials 0 to {target - 1} once each, told {numbers}")
-    Study.forget(Database(storage), name)
+    for name in names:
+        Study.forget(Database(storage), name)
     return min(began for began, _, _ in found), trials
 
 
@@ -111,14 +117,17 @@ def _received(sent: Any, processes: Sequence[Any]) -> tuple[float, int, list[Tim
     return received
 
 
-def served(storage: str, num_workers: int, seconds: float, trials_each: int, table: Table) -> dict[str, Any]:
+def served(
+    storage: str, num_workers: int, seconds: float, trials_each: int, table: Table, num_studies: int = 1
+) -> dict[str, Any]:
     """Throughput of so many workers, to linear's."""
     num_trials = max(num_workers * trials_each, MIN_TRIALS)
-    began, trials = timed(storage, "random", num_workers, num_trials, seconds, table)
+    began, trials = timed(storage, "random", num_workers, num_trials, seconds, table, num_studies)
     wall_s = trials[-1].told_at - began
     linear = num_workers / seconds
     return {
         "workers": num_workers,
+        "studies": num_studies,
         "trials": num_trials,
         "wall_s": wall_s,
         "trials_per_s": num_trials / wall_s,
@@ -155,7 +164,7 @@ def judged(found: Mapping[str, Any]) -> dict[str, Any]:
     """The targets that the figures speak of: what is wanted, what came, and whether that is enough."""
     targets = {}
     for row in found["throughput"]:
-        if row["workers"] == AT_WORKERS and found["seconds"] == AT_SECONDS:
+        if (row["workers"], row["studies"], found["seconds"]) == (AT_WORKERS, 1, AT_SECONDS):
             name = f"efficiency with {AT_WORKERS} workers and trials of {AT_SECONDS:g} s"
             came = row["efficiency"]
             targets[name] = {"at_least": EFFICIENCY, "came": came, "met": came >= EFFICIENCY}
@@ -168,7 +177,17 @@ def judged(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def table_of(found: Mapping[str, Any]) -> str:
     """All figures as tables, and the targets met or missed."""
-    head = ["workers", "trials", "trials/s", "of linear", "ask p50/ms", "ask p95/ms", "tell p50/ms", "tell p95/ms"]
+    head = [
+        "workers",
+        "studies",
+        "trials",
+        "trials/s",
+        "of linear",
+        "ask p50/ms",
+        "ask p95/ms",
+        "tell p50/ms",
+        "tell p95/ms",
+    ]
     text = f"{found['device']}, {found['machine']['cores']} cores, trials of {found['seconds']:g} s\n"
     for kind, rows in (("storage", found["throughput"]), ("sqlite", found["sqlite"])):
         text += f"\n{found['storage'] if kind == 'storage' else 'sqlite'}\n\n" + markdown(head, map(_line, rows))
@@ -191,7 +210,8 @@ def table_of(found: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any]) -> list[str]:
     times = [f"{row[f'{name}_{which}_ms']:.1f}" for name in ("ask", "tell") for which in ("p50", "p95")]
-    return [str(row["workers"]), str(row["trials"]), f"{row['trials_per_s']:.2f}", f"{row['efficiency']:.1%}", *times]
+    counts = [str(row[name]) for name in ("workers", "studies", "trials")]
+    return [*counts, f"{row['trials_per_s']:.2f}", f"{row['efficiency']:.1%}", *times]
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -231,6 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for num_workers in options.workers:
             found["throughput"].append(served(storage, num_workers, options.seconds, each, table))
+            say(f"{found['storage']}: {' | '.join(_line(found['throughput'][-1]))}")
+        for num_studies in [] if options.small else LINKED:
+            most = max(options.workers)
+            found["throughput"].append(served(storage, most, options.seconds, each, table, num_studies))
             say(f"{found['storage']}: {' | '.join(_line(found['throughput'][-1]))}")
         for num_workers in [number for number in ON_SQLITE if number <= max(options.workers)]:
             found["sqlite"].append(served(sqlite, num_workers, options.seconds, each, table))

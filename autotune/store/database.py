@@ -176,10 +176,10 @@ def begin_immediately(engine: Engine) -> None:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """What the driver said, where an error is about reaching the database, also behind Optuna's own."""
+    """What the driver said, or Optuna's proxy, where an error is about reaching the database."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, (OperationalError, InterfaceError)):
+        if isinstance(found, (OperationalError, InterfaceError)) or type(found).__module__.startswith("grpc"):
             return found
         if isinstance(found, DBAPIError) and found.connection_invalidated:
             return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,16 +12,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from typer.testing import CliRunner
 
 from autotune import data, job, reference
 from autotune.bench import Bench
 from autotune.cli import app
-from autotune.config import STORAGE, AutotuneError, JobConfig, Limit
+from autotune.config import OPTUNA_PROXY, STORAGE, AutotuneError, JobConfig, Limit
 from autotune.study import Study
 from autotune.worker import LocalPool, Overrides, serve
-from benchmarks.replayed_worker import open_study
+from benchmarks.replayed_worker import open_study, work
 from tests.autotune.formula_bench import SPACE, config
 
 REPLAYED = (sys.executable, "-m", "benchmarks.replayed_worker")
@@ -125,3 +127,25 @@ def test_a_study_that_is_not_open_is_refused(tmp_path: Path) -> None:
         assert result.exit_code == 2, result.output
         assert "must name a study that is open" in " ".join(result.output.split())
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+def test_workers_may_share_a_proxy_to_optunas_tables(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(storage, "study", 6, "qmc")
+    study.note("made", True)  # Optuna's tables are there
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = "import sys, optuna\noptuna.storages.run_grpc_proxy_server(\n"
+    code += "    optuna.storages.RDBStorage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+    proxy = subprocess.Popen([sys.executable, "-c", code, storage, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        monkeypatch.setenv(OPTUNA_PROXY, f"127.0.0.1:{port}")
+        assert work(storage, "study", 0.0, lambda: False)[0] == 6
+    finally:
+        proxy.terminate()
+        proxy.wait(10)
+    trials = optuna.load_study(study_name="study", storage=study._storage).trials
+    assert [t.values for t in trials] == [[t.merit, t.ratio] for t in study.told()]
+    monkeypatch.setenv(OPTUNA_PROXY, "nowhere")
+    with pytest.raises(AutotuneError, match="must be HOST:PORT"):
+        open_study(storage, "another", 6, "qmc").note("made", True)
