@@ -47,13 +47,16 @@ def test_where_it_was_measured_is_told(found):
 
 def test_the_tables_and_targets_are_printed(found):
     text = workers.table_of(found)
-    assert text.count("| 2 | 12 |") == 2
+    assert text.count("| 2 | 1 | 12 |") == 2
     assert f"{found['growth'][0]['ratio']:.2f}x, at most 3x wanted" in text
 
 
 @pytest.mark.parametrize(("efficiency", "ratio", "met"), [(0.9, 3.0, True), (0.899, 3.01, False)])
 def test_targets_are_judged_by_the_figures(efficiency, ratio, met):
-    rows = [{"workers": 32, "efficiency": efficiency}, {"workers": 64, "efficiency": 0.1}]
+    rows = [
+        {"workers": num, "studies": studies, "efficiency": came}
+        for num, studies, came in ((32, 1, efficiency), (64, 1, 0.1), (32, 2, 0.1))
+    ]
     growth = [{"sampler": "random", "windows": {"100": {}, "2000": {}}, "ratio": ratio}]
     targets = workers.judged({"seconds": 2.0, "throughput": rows, "growth": growth})
     assert [target["met"] for target in targets.values()] == [met, met]
