@@ -55,6 +55,7 @@ def measure_ratio(
     repeats: int,
     width: float | None = None,
     note: Callable[[Sequence[float], Sequence[float]], None] = lambda dense_ms, pruned_ms: None,
+    pulse: Callable[[], None] = lambda: None,
 ) -> tuple[Interval, float]:
     """The plan's measured latency at the limit's metric and quantile: ratio to dense, and dense's milliseconds.
 
@@ -62,7 +63,7 @@ def measure_ratio(
     wider than `CLEAR`: a quiet machine is done at once, a busy one is not taken at its first word. With a width, it
     goes on while the interval is wider than that, wherever the limit is. Others may use the cores that this process
     leaves free (`bearable_share`), which widens the interval; where they take more, raises BusyDeviceError. note: told
-    the milliseconds of dense and of the plan, pair by pair, every time that some were measured.
+    the milliseconds of dense and of the plan, pair by pair, every time that some were measured. pulse: of `measure`.
     """
     dense_ms: list[float] = []
     pruned_ms: list[float] = []
@@ -71,7 +72,16 @@ def measure_ratio(
     repeats = repeats if limit.quantile == "p50" else max(repeats, MIN_PAIRS_OF_A_TAIL)
     for measured in range(1, MAX_ROUNDS + 1):
         least, most = (2, 6) if measured == 1 else (0, 0)
-        blocks = measure(model, inputs, plan, repeats=repeats, max_others=max_others, min_warmup=least, max_warmup=most)
+        blocks = measure(
+            model,
+            inputs,
+            plan,
+            repeats=repeats,
+            max_others=max_others,
+            min_warmup=least,
+            max_warmup=most,
+            pulse=pulse,
+        )
         dense_ms += blocks.dense_ms(metric)
         pruned_ms += blocks.pruned_ms(metric)
         note(blocks.dense_ms(metric), blocks.pruned_ms(metric))
@@ -173,12 +183,10 @@ class Bench:
 
     def _measured(self, plan: Plan, repeats: int, width: float | None = None) -> tuple[Interval, float]:
         def note(dense_ms: Sequence[float], pruned_ms: Sequence[float]) -> None:
-            self.pulse()
-            if self.database.exists:  # what is measured before there is a study leaves no trace
+            if self.database.exists:  # an SQLite file is not made for what is measured before there is a study
                 self.results.measured(asdict(self.key), plan.digest, str(self._limit), dense_ms, pruned_ms)
 
-        self.pulse()
-        return measure_ratio(self.model, self._inputs, plan, self._limit, repeats, width, note)
+        return measure_ratio(self.model, self._inputs, plan, self._limit, repeats, width, note, lambda: self.pulse())
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         """Stage layers right after the peaks of the cosine shift on `calibrate`, as BTP finds them."""
@@ -270,11 +278,15 @@ class Bench:
 
     def _answered(self, plan: Plan, split: str, start: int, stop: int) -> Scores:
         scores = self._evaluate()(plan, split, start, stop)
-        broken = [index for index, kl in enumerate(scores.kl) if not math.isfinite(kl)]
+        broken = [
+            index
+            for index, (kl, nll) in enumerate(zip(scores.kl, scores.nll, strict=True))
+            if not math.isfinite(kl + nll)
+        ]
         if broken:
             question = self.splits[split][start + broken[0]].question
             raise ArithmeticError(
-                f"the KL divergence to dense must be a number, got {scores.kl[broken[0]]} on {len(broken)} of "
+                f"KL divergence and log-likelihood must be numbers, got {scores.kl[broken[0]]} on {len(broken)} of "
                 f"{len(scores.kl)} questions of {split}, such as {question!r}; the model overflows in {self.key.dtype}"
             )
         return scores

@@ -170,14 +170,12 @@ def worker(
         from autotune import stopping
         from autotune import worker as workers
 
-        if until_stdin_closes:
-            stopping.stop_with_parent()
         here = workers.Overrides(model=model, data=data, device=device, answerers=answerers or CORES)
-        with stopping.stopping() as stop:
+        with stopping.stopping(with_parent=until_stdin_closes) as stop:
             try:
                 told = workers.serve(storage, study, here, stop, stderr.print)
             except stopping.StoppedError:
-                stderr.print("stopped; the trial it was at was handed back")
+                stderr.print("stopped; what it was at is handed back")
                 return
         stderr.print(f"done: {told} trials told by this worker")
 

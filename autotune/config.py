@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from btp.presets import SYSTEMS
 
 __all__ = [
     "MIN_TRIALS",
+    "NO_ROOM",
     "OPTUNA_PROXY",
     "STORAGE",
     "AutotuneError",
@@ -29,6 +31,7 @@ STORAGE = "AUTOTUNE_STORAGE"
 """The variable with the database's address: a command line, and a password in it, is for all to read."""
 OPTUNA_PROXY = "AUTOTUNE_OPTUNA_PROXY"
 """The variable with HOST:PORT of Optuna's gRPC storage proxy, where workers are to share one."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
 
@@ -36,9 +39,14 @@ class AutotuneError(Exception):
     """What the user handed in breaks a rule; the text names the rule, what came and the way out."""
 
 
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 def check_sqlite(path: Path) -> None:
     """Raise AutotuneError where something that is no SQLite database stands at `path`."""
-    if path.exists() and not (path.is_file() and path.read_bytes()[:16] in (b"", b"SQLite format 3\0")):
+    if path.exists() and not (path.is_file() and _begins(path) in (b"", b"SQLite format 3\0")):
         raise AutotuneError(
             f"{path} must be an SQLite database, or not be there yet; move it away or use another --out"
         )
@@ -143,6 +151,7 @@ class JobConfig(RunConfig):
         kept = {name: getattr(self, name) for name in _FOR_WORKERS}
         return {
             **kept,
+            "model": str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model,
             "data": None if self.data is None else str(self.data.resolve()),
             "limit": str(self.limit),
             "space": self.space.read_text(encoding="utf-8"),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from autotune.config import AutotuneError
+from autotune.config import NO_ROOM, AutotuneError
 from btp.errors import BTPError
 
 __all__ = ["bar", "errors", "plain", "print_tables"]
@@ -64,6 +64,11 @@ def errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         stderr.print("interrupted; what is finished is kept: run the same command again to resume", style="red")
         raise typer.Exit(130) from None
+    except OSError as error:
+        if debug or error.errno not in NO_ROOM:
+            raise
+        stderr.print(f"error: no room to write: {error}; free some, and run the same command again", style="red")
+        raise typer.Exit(2) from error
     except (AutotuneError, BTPError) as error:
         if debug:
             raise

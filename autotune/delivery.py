@@ -21,6 +21,7 @@ from autotune.registered import ANSWERS
 from autotune.registry import Registry, Version
 from autotune.report import write_front
 from autotune.search import summary
+from autotune.store import note_promotion, this_worker
 from autotune.study import Study
 from btp.plan import Plan
 from btp.profile import Profile, Workload
@@ -79,6 +80,7 @@ class Outcome:
     certified: bool
     reasons: tuple[str, ...]
     search: Mapping[str, Any]
+    failures: Mapping[str, str]
     paths: Mapping[str, str]
     seconds: float
 
@@ -92,6 +94,7 @@ class Outcome:
             "{num_stopped} of {num_tried} plans stopped early, which saved {saved:.0%} of the answers".format(
                 **self.search
             ),
+            *(f"{name} FAILED: {reason}" for name, reason in self.failures.items()),
             self.search["steering"],
             "latency model, error on plans it was not fitted to: median {median:.1%}, worst {worst:.1%}\n".format(
                 **self.search["latency_model_error"]
@@ -163,7 +166,7 @@ def deliver(
     fresh, met, _ = fresh_ratio(config, pulled)
     reproduced = again.scores == bench.scores(champion.plan, "select").scores
     if met and reproduced and profile.certified:
-        version = registry.promote(version)
+        version = _promoted(registry, version, bench, study)
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     names = ("profile.json", "pulled.json", *EVIDENCE, *(("study.db",) if config.storage is None else ()), *local)
     return Outcome(
@@ -180,10 +183,29 @@ def deliver(
         reproduced=reproduced,
         certified=profile.certified,
         search=summary(study),
+        failures=study.failures,
         reasons=profile.uncertified_because,
         paths={name: str(config.out / name) for name in names},
         seconds=time.monotonic() - began,
     )
+
+
+def _promoted(registry: Registry, version: Version, bench: Bench, study: Study) -> Version:
+    """The version as its device's champion, and who was it before in the log."""
+    alias = f"champion-{bench.key.slug}"
+    before = next((v.version for v in registry.versions(version.name) if alias in v.aliases), None)
+    promoted = registry.promote(version)
+    note_promotion(
+        bench.database,
+        registry=registry.tracking_uri,
+        name=version.name,
+        alias=alias,
+        before=before,
+        after=version.version,
+        who=this_worker(),
+        why=f"certified by {study.name}",
+    )
+    return promoted
 
 
 def _write(

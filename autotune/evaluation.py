@@ -33,10 +33,11 @@ from btp.plan import Plan
 from btp.prefix import resume
 from btp.selection import PICTURE_ONLY
 
-__all__ = ["Evaluator", "EvaluatorPool", "Scores", "is_conditional", "load_model", "prompt_inputs"]
+__all__ = ["AnswererDiedError", "Evaluator", "EvaluatorPool", "Scores", "is_conditional", "load_model", "prompt_inputs"]
 
 BATCH_SIZE = 16
 PULSE_S = 1.0
+STOP = None  # sent to a worker that is to stop after its batch
 NUM_SPARE_TOKENS = 4  # that an answer may be longer than the longest expected one of its task
 
 Segment = tuple[int, int]  # examples from one step to the next
@@ -114,7 +115,7 @@ class Evaluator:
             for number, batch in reversed(batches) if self._backwards else batches:
                 self._pulse()
                 with ExitStack() as resumed:
-                    resumed.enter_context(computing(self._model.device))
+                    resumed.enter_context(computing(self._model.device, waiting=self._pulse))
                     if plan.stages and kind != "one by one":
                         prefix = resumed.enter_context(self.prefixes.borrowed((segment, kind, number)))
                         resumed.enter_context(resume(self._model, plan, prefix))
@@ -172,6 +173,14 @@ def _segments(steps: Sequence[int], start: int, stop: int | None) -> list[Segmen
     return list(pairwise(steps[steps.index(start) : steps.index(stop) + 1]))
 
 
+class AnswererDiedError(AutotuneError):
+    """A process that answered questions is gone, most likely for want of memory."""
+
+
+class _Stop(Exception):
+    """Whoever asked wants the answer no more."""
+
+
 class EvaluatorPool:
     """The same scores from several CPU processes, one thread each, all questions about a picture in one of them.
 
@@ -217,7 +226,7 @@ class EvaluatorPool:
                 pipe.send((plan, split, *own))
             parts = self._received()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise AutotuneError(
+            raise AnswererDiedError(
                 "a worker process must live until the job ends, but one died; if memory ran out, use fewer --workers, "
                 "and run the same command again to resume"
             ) from error
@@ -228,19 +237,18 @@ class EvaluatorPool:
         return in_order(parts, [sample for shard in shards for sample in shard])
 
     def _received(self) -> list[Any]:
-        """What every worker sends. Whatever the pulse raises, all has been received: the next call gets its own."""
-        interrupted: BaseException | None = None
-        for pipe in self._pipes:
-            while not pipe.poll(PULSE_S):
-                try:
+        """What every worker sends. Where the pulse raises, they stop after their batch: the next call gets its own."""
+        try:
+            for pipe in self._pipes:
+                while not pipe.poll(PULSE_S):
                     self._pulse()
-                except BaseException as error:
-                    interrupted = interrupted or error
-                    break
-        parts = [pipe.recv() for pipe in self._pipes]
-        if interrupted is not None:
-            raise interrupted
-        return parts
+        except BaseException:
+            for pipe in self._pipes:
+                pipe.send(STOP)
+            for pipe in self._pipes:
+                pipe.recv()
+            raise
+        return [pipe.recv() for pipe in self._pipes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +260,8 @@ class _Shard:
     prefix_bytes: int
     expected: frozenset[tuple[str, str]]
 
-    def evaluator(self, model: Any, processor: Any) -> Evaluator:
-        return Evaluator(model, processor, self.examples, self.steps, self.prefix_bytes, self.expected)
+    def evaluator(self, model: Any, processor: Any, pulse: Callable[[], None]) -> Evaluator:
+        return Evaluator(model, processor, self.examples, self.steps, self.prefix_bytes, self.expected, pulse)
 
 
 def _shards(examples: Sequence[Example], num_workers: int) -> list[list[int]]:
@@ -268,10 +276,18 @@ def _serve(pipe: Connection, source: str, splits: Mapping[str, _Shard]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as at any exit, spilled prefixes are removed
     torch.set_num_threads(1)
     loaded = cache(lambda: load_model(source, "cpu"))
-    evaluator = cache(lambda split: splits[split].evaluator(*loaded()))
+
+    def pulse() -> None:
+        if pipe.poll():
+            raise _Stop
+
+    evaluator = cache(lambda split: splits[split].evaluator(*loaded(), pulse))
     try:
         while True:
-            plan, split, start, stop = pipe.recv()
+            asked = pipe.recv()
+            if asked is STOP:
+                continue
+            plan, split, start, stop = asked
             try:
                 pipe.send(evaluator(split)(plan, start, stop))
             except Exception as error:  # the trial boundary: whatever went wrong here is raised by the asker

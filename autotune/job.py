@@ -59,24 +59,42 @@ def run(
     limit = _feasible_limit(bench, config)
     config.out.mkdir(parents=True, exist_ok=True)
     name = study_name(bench, config, space)
-    if config.fresh:  # only this study and its scores; the registry keeps its history
-        Study.forget(bench.database, name)
-        bench.results.forget()
     study = Study(bench.database, name, config.seed)
-    say = _Reporter(study, config.num_trials, progress)
-    search = Search(config, bench, study, space, say)
-    search.prepare(limit, registered(config, bench))
-    study.leases.open({"settings": config.to_dict(), "fits": identity(bench)}, config.num_trials)
-    opened(name)
-    if pool is None:
-        search.run()
-    else:
-        pool(study, config, say)
-    study.leases.close()
-    search.finish()
-    champion, certificate = _certified(bench, study, config, say)
-    rows, minus = _compared(bench, study, champion, say)
-    return deliver(config, bench, study, champion, rows, minus, say, began, certificate)
+    with study.driven() as alive:
+        if config.fresh:
+            study = _anew(study, bench, config)
+            alive()
+        say = _Reporter(study, config.num_trials, progress, alive)
+        search = Search(config, bench, study, space, say)
+        search.prepare(limit, registered(config, bench))
+        study.leases.open({"settings": config.to_dict(), "fits": identity(bench)}, config.num_trials)
+        opened(name)
+        if pool is None:
+            search.run()
+        else:
+            pool(study, config, say)
+        if not study.is_done(config.num_trials):
+            raise AutotuneError(f"{name} was closed before it had its trials; run the same command again to resume")
+        study.leases.close()
+        search.finish()
+        champion, certificate = _certified(bench, study, config, say)
+        rows, minus = _compared(bench, study, champion, say)
+        return deliver(config, bench, study, champion, rows, minus, say, began, certificate)
+
+
+def _anew(study: Study, bench: Bench, config: JobConfig) -> Study:
+    """Forget a study, and what the model answered where no other one can rest on that; the registry keeps its history.
+
+    Raises AutotuneError while workers are at it.
+    """
+    if study.leases.counts().get("held"):
+        raise AutotuneError(
+            f"--fresh forgets a study that nobody is at, but workers try trials of {study.name}; stop them"
+        )
+    Study.forget(bench.database, study.name)
+    if config.storage is None:
+        bench.results.forget()
+    return Study(bench.database, study.name, config.seed)
 
 
 def _check_settings(config: JobConfig) -> None:
@@ -119,12 +137,14 @@ def identity(bench: Bench) -> dict[str, Any]:
 
 
 class _Reporter:
-    """Turns steps into progress: a step a trial, then a step a saying."""
+    """Turns steps into progress, a step a trial, then a step a saying; and shows that the driver lives."""
 
-    def __init__(self, study: Study, num_trials: int, progress: Progress) -> None:
+    def __init__(self, study: Study, num_trials: int, progress: Progress, alive: Callable[[], None]) -> None:
         self._study, self._num_trials, self._progress, self._after = study, num_trials, progress, 0
+        self._alive = alive
 
     def __call__(self, what: str) -> None:
+        self._alive()
         told = self._study.told()
         self._after += len(told) >= self._num_trials
         best = max((t.score for t in told if t.feasible and t.complete), default=None)
@@ -165,6 +185,8 @@ def _finalists(study: Study, config: JobConfig) -> list[Told]:
     found = finalists(able, study.notes["limit"], config.num_finalists)
     if found:
         return found
+    if not told:
+        raise AutotuneError(f"some trial must succeed, but all failed: {_reasons(study)}; mend that, and use --fresh")
     fastest = min(told, key=lambda t: t.ratio)
     guard = "" if config.guard is None else f" and keep {config.guard:g} of every task"
     raise AutotuneError(
@@ -173,6 +195,10 @@ def _finalists(study: Study, config: JobConfig) -> list[Told]:
         f"{fastest.ratio_high:.2f}x) and kept {fastest.worst_task:.2f} of its worst task; raise the limit, measure "
         "with more --repeats, or run more --trials"
     )
+
+
+def _reasons(study: Study) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in study.failures.items())
 
 
 def _certified(bench: Bench, study: Study, config: JobConfig, say: Callable[[str], None]) -> tuple[Told, Certificate]:
@@ -232,7 +258,7 @@ def _rivals(bench: Bench, study: Study, champion: Told, say: Callable[[str], Non
     Which published one and which schedule is decided by `select`.
     """
     told = {t.name: t for t in study.told()}
-    found = {name: told[name].plan for name in ("hand-set", "hand-set at limit")}
+    found: dict[str, Plan] = {n: told[n].plan for n in ("hand-set", "hand-set at limit") if n in told}
     published = [told[title(name)] for name in PUBLISHED if title(name) in told]
     if able := [t for t in published if t.feasible and t.complete]:
         best = max(able, key=lambda t: t.score)
@@ -241,8 +267,8 @@ def _rivals(bench: Bench, study: Study, champion: Told, say: Callable[[str], Non
         found[LEARNED] = told[LEARNED].plan
     for name, control in CONTROLS.items():
         say(f"scoring {name}, tuned schedule")
-        own, given = control(champion.plan), told[name].plan
-        found[name] = max(given, own, key=lambda plan: bench.macro(plan, "select")[0])
+        plans = [control(champion.plan), *([told[name].plan] if name in told else [])]
+        found[name] = max(reversed(plans), key=lambda plan: bench.macro(plan, "select")[0])
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from autotune.config import AutotuneError
 from btp.prefix import DensePrefix
 
-__all__ = ["DISK_SHARE", "MEMORY_SHARE", "PrefixStore", "free_bytes"]
+__all__ = ["DISK_SHARE", "MEMORY_SHARE", "PrefixStore", "PrefixTooLargeError", "free_bytes"]
 
 MEMORY_SHARE = 0.25  # of what is free on the model's device when a store is made
 DISK_SHARE = 0.25  # of what is free in the folder for temporary files
@@ -31,6 +31,10 @@ def free_bytes(device: str) -> int:
         fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class PrefixTooLargeError(AutotuneError):
+    """A plan asks for a dense prefix that memory has no room for."""
 
 
 class PrefixStore:
@@ -72,13 +76,13 @@ class PrefixStore:
     def borrowed(self, key: Hashable) -> Iterator[DensePrefix]:
         """The key's prefix, empty where there is none yet; kept again afterwards, with what was added.
 
-        Raises AutotuneError where this one alone is more than may lie in memory.
+        Raises PrefixTooLargeError where this one alone is more than may lie in memory.
         """
         prefix = self._take(key)
         yield prefix
         size = prefix.num_bytes
         if size > self.memory_bytes:
-            raise AutotuneError(
+            raise PrefixTooLargeError(
                 "the dense prefix of one batch must fit the memory set aside for prefixes, "
                 f"{self.memory_bytes / 2**20:.1f} MiB, but takes {size / 2**20:.1f} MiB; use fewer --workers, free "
                 "memory on the device, or tune plans whose first stage comes earlier"

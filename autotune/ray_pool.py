@@ -10,13 +10,14 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import tune
 
-from autotune.config import STORAGE, AutotuneError, JobConfig
+from autotune.config import OPTUNA_PROXY, STORAGE, AutotuneError, JobConfig
 from autotune.study import Study
 from autotune.worker import Overrides, serve
 
@@ -45,36 +46,38 @@ class RayPool:
 
     def __call__(self, study: Study, config: JobConfig, say: Callable[[str], None]) -> None:
         """Return once the study has its trials. Raises AutotuneError for a cluster that is not there or too small."""
-        if 0 < self.gpus_per_worker < 1:
+        if self.gpus_per_worker % 1 or (config.device.startswith("cuda") and not self.gpus_per_worker):
             raise AutotuneError(
-                f"--gpus-per-worker must be a whole number, got {self.gpus_per_worker:g}; on a GPU that others use no "
-                "latency can be measured"
+                f"--gpus-per-worker must be a whole number, and at least 1 for {config.device}, got "
+                f"{self.gpus_per_worker:g}; on a GPU that others use no latency can be measured"
             )
         self._connect()
         here = Overrides(answerers=max(1, int(self.cpus_per_worker)) if config.device == "cpu" else 1)
         resources = {"cpu": self.cpus_per_worker, "gpu": self.gpus_per_worker}
         self._check_room(resources)
-        trainable = tune.with_parameters(_work, job=(config.database, study.name, here, self.serve))
-        try:
+        trainable = tune.with_parameters(_work, job=(_environment(study), study.name, here, self.serve))
+        with tempfile.TemporaryDirectory(prefix="btp-ray-") as folder, ExitStack() as stack:
+            if self.address == LOCAL:
+                stack.callback(ray.shutdown)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
                 param_space={"worker": tune.grid_search(list(range(self.num_workers)))},
                 run_config=tune.RunConfig(
                     name=study.name,
-                    storage_path=tempfile.mkdtemp(prefix="btp-ray-"),
+                    storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
                     callbacks=[_Says(say)],
                     verbose=0,
                 ),
             )
-            errors = tuner.fit().errors
-        finally:
-            if self.address == LOCAL:
-                ray.shutdown()
+            results = tuner.fit()
         if not study.is_done(config.num_trials):
+            metrics = [results[index].metrics or {} for index in range(len(results))]
+            refused = [last["refused"] for last in metrics if "refused" in last]
+            said = [*map(str, results.errors), *refused]
             raise AutotuneError(
-                f"Ray's workers must finish the study, but they ended before; the last error: {errors[-1:] or 'none'}; "
-                "run the same command again to resume"
+                f"Ray's workers must finish the study, but they ended before: {said[-1] if said else 'no error'}; mend "
+                "that, and run the same command again to resume"
             )
 
     def _connect(self) -> None:
@@ -110,11 +113,27 @@ class RayPool:
                 )
 
 
-def _work(settings: dict[str, Any], job: tuple[str, str, Overrides, Serve]) -> None:
+def _environment(study: Study) -> dict[str, str]:
+    """What a worker has to have in its environment: Ray's own would show it in its dashboard."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PG") or name == OPTUNA_PROXY}
+    return {**kept, STORAGE: study.storage}
+
+
+def _work(settings: dict[str, Any], job: tuple[dict[str, str], str, Overrides, Serve]) -> None:
     """One worker, in a process of Ray's. The model is loaded once, however many trials it tries."""
-    storage, name, here, work = job
-    os.environ[STORAGE] = storage
-    work(storage, name, here, lambda: False, lambda what: tune.report({"worker": settings["worker"], "says": what}))
+    environment, name, here, work = job
+    os.environ.update(environment)
+    told = 0
+
+    def say(what: str) -> None:
+        nonlocal told
+        told += "told" in what
+        tune.report({"worker": settings["worker"], "says": what, "told": told})
+
+    try:
+        work(environment[STORAGE], name, here, lambda: False, say)
+    except AutotuneError as error:  # to start again would change nothing
+        tune.report({"worker": settings["worker"], "refused": str(error)})
 
 
 class _Says(tune.Callback):

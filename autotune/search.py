@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from autotune.bench import NUM_LEARNED, Bench
-from autotune.config import AutotuneError, JobConfig
+from autotune.config import NO_ROOM, AutotuneError, JobConfig
+from autotune.evaluation import AnswererDiedError
 from autotune.latency_model import CPU_TILES, TILES, LatencyModel
 from autotune.objective import Told, front, steering
+from autotune.prefix_store import PrefixTooLargeError
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
 from autotune.scoring import DENSE, Scoring
@@ -57,6 +59,7 @@ CLOSE = 0.015  # of the limit: left unspent by a plan whose like was measured, a
 PROMISING = 0.03  # of the best merit: three points of accuracy, about what chance does on 300 questions
 FAR = 0.1  # over the limit by more than this share, a plan is not as good as it looks there
 IDLE_S = 0.2  # between looks at whether there is something to try again
+MAX_FAILED_IN_A_ROW = 3  # of one worker's trials, before it is taken for broken itself
 BEATS = 4  # signs of life that a lease has room for
 CLOSER, AGAIN = ", closer to the limit", ", again"
 
@@ -70,6 +73,7 @@ class Search:
         self._config, self._bench, self._study, self._space, self._say = config, bench, study, space, say
         self._decoder, self._num_image_tokens = bench.anatomy.decoder, bench.key.image_tokens
         self._num_layers = self._decoder.num_layers
+        self._failed_in_a_row = 0
 
     def prepare(self, limit: float, known: Mapping[str, Plan]) -> None:
         """Begin the study, if nobody has, and have every fixed plan wait to be tried.
@@ -90,7 +94,8 @@ class Search:
         StoppedError in the first case.
         """
         self._say("answering `select` with dense")
-        self._bench.scores(DENSE, "select")
+        with self._pulsing(_unless(stop)):
+            self._bench.scores(DENSE, "select")
         while not self._study.is_done(self._config.num_trials) and self._study.leases.opened is not None:
             if stop():
                 raise StoppedError
@@ -118,26 +123,54 @@ class Search:
             logger.warning("%s", lost)
         except StoreError:
             raise  # there is nobody to hand the trial back to: its lease runs out
+        except AnswererDiedError as error:  # the plan may be why
+            self._study.give_up(asked, str(error))
+            raise
+        except PrefixTooLargeError as error:
+            self._failed(asked, error)
         except (AutotuneError, BusyDeviceError, StoppedError, KeyboardInterrupt, SystemExit) as error:
             self._study.release(asked, f"its worker stopped: {error or type(error).__name__}")
             raise
         except Exception as error:  # the trial boundary: what is wrong with one plan is no reason to end the search
-            logger.warning("%s failed: %s: %s", asked.name, type(error).__name__, error)
-            self._study.fail(asked, f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                self._study.release(asked, f"no room: {error}")
+                raise AutotuneError(
+                    f"a trial needs room on the disk, but: {error}; free some, and run again"
+                ) from error
+            self._failed(asked, error)
+        else:
+            self._failed_in_a_row = 0
+
+    def _failed(self, asked: Asked, error: Exception) -> None:
+        """Finish a trial without a result. Raises AutotuneError where it is the worker that seems to be broken."""
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s failed: %s", asked.name, reason)
+        self._study.fail(asked, reason)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            raise AutotuneError(
+                f"some trials must succeed, but {self._failed_in_a_row} failed one after the other, the last with "
+                f"{reason}; mend that, and run the same command again to resume"
+            ) from error
 
     @contextmanager
     def _alive(self, asked: Asked, stop: Callable[[], bool]) -> Iterator[None]:
         """Show signs of life while the bench works, and have it end where it is to stop, or the lease is lost."""
         last = time.monotonic()
+        unless_stopped = _unless(stop)
 
         def pulse() -> None:
             nonlocal last
-            if stop():
-                raise StoppedError
+            unless_stopped()
             if time.monotonic() - last > self._study.leases.seconds / BEATS:
                 self._study.beat(asked)
                 last = time.monotonic()
 
+        with self._pulsing(pulse):
+            yield
+
+    @contextmanager
+    def _pulsing(self, pulse: Callable[[], None]) -> Iterator[None]:
         self._bench.pulse = pulse
         try:
             yield
@@ -305,6 +338,14 @@ class Search:
     def _decoded(self, draw: Draw) -> Plan:
         share = draw.get("budget", self._space.budget.high)
         return self._solved(self._space.schedule(draw, self._num_layers), float(share) * self.limit)
+
+
+def _unless(stop: Callable[[], bool]) -> Callable[[], None]:
+    def check() -> None:
+        if stop():
+            raise StoppedError
+
+    return check
 
 
 def _selectors(plan: Plan) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["StoppedError", "stop_with_parent", "stopping"]
+__all__ = ["StoppedError", "stopping"]
 
 
 class StoppedError(Exception):
@@ -18,28 +18,30 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come. A second one ends the process at once."""
+def stopping(*, with_parent: bool = False) -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come. A second one, of either, ends the process at once.
+
+    with_parent: also when standard input ends, which it does with the process that holds its other end, however that
+    ends.
+    """
     came = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def note(number: int, _: Any) -> None:
+    def note(*_: Any) -> None:
         came.set()
-        signal.signal(number, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        came.set()
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    if with_parent:
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield came.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stop_with_parent() -> None:
-    """Have this process stop, as by SIGTERM, once its standard input ends: whoever started it is gone, however."""
-
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -9,8 +9,8 @@ import random
 import warnings
 import weakref
 from bisect import insort
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from types import MappingProxyType
@@ -132,6 +132,32 @@ class Study:
         return self._database.redo(find)
 
     @property
+    def storage(self) -> str:
+        """Address of the database, with its password where it has one."""
+        return self._database.url
+
+    @contextmanager
+    def driven(self) -> Iterator[Callable[[], None]]:
+        """Be the one process that begins this study and ends it; yields what shows that it still is.
+
+        Raises AutotuneError where another one lives.
+        """
+
+        def show() -> None:
+            other = self.leases.drive(self._worker)
+            if other is not None:
+                raise AutotuneError(
+                    f"one process at a time may drive a study, but {other} drives {self.name}; let it end, or join it "
+                    f"with autotune worker --study {self.name}"
+                )
+
+        show()
+        try:
+            yield show
+        finally:
+            self.leases.leave(self._worker)
+
+    @property
     def notes(self) -> dict[str, Any]:
         return self._database.redo(lambda: self._storage.get_study_user_attrs(self._study_id))
 
@@ -165,6 +191,11 @@ class Study:
         return {lease.name for lease in self.leases.all() if lease.name is not None}
 
     @property
+    def fixed_plans(self) -> dict[str, Plan]:
+        """Fixed plans by name, whatever has become of them."""
+        return {each.name: Plan.from_dict(dict(each.work or {})) for each in self.leases.all() if each.name is not None}
+
+    @property
     def failures(self) -> dict[str, str]:
         """Why trials failed, by name."""
         return {Asked(each, {}).name: each.reason or "" for each in self.leases.all() if each.state == "failed"}
@@ -188,8 +219,12 @@ class Study:
         held = self.leases.claim(self._worker, target, sum(t.draw is not None for t in told))
         if held is None:
             return None
-        work = held.work or self._drawn(held, ranges, sampler, told, same)
-        trial_id = self._made(held, work, ranges)
+        try:
+            work = held.work or self._drawn(held, ranges, sampler, told, same)
+            trial_id = self._made(held, work, ranges)
+        except BaseException:
+            self.leases.release(held, "its worker was stopped before it began")
+            raise
         try:
             self.leases.started(held, trial_id, work)
         except LeaseLostError:
@@ -255,30 +290,37 @@ class Study:
         self.leases.release(asked.lease, reason)
         self._settle(self.leases.unsettled(asked.lease.token))
 
+    def give_up(self, asked: Asked, reason: str) -> None:
+        """Hand the trial back as one that its worker could not go on with."""
+        self.leases.give_up(asked.lease, reason)
+        self._settle(self.leases.unsettled(asked.lease.token))
+
     def settle(self) -> None:
         """Bring the Optuna trials of ended leases to the same end, also of workers that were killed in between."""
         self._settle(self.leases.unsettled())
 
     def _settle(self, leases: Collection[Lease]) -> None:
         for ended in leases:
-            for trial_id in [ended.trial_id] if ended.trial_id is not None else self._running(ended.token):
+            noted = [ended.trial_id] if ended.trial_id is not None else []
+            for trial_id in noted or [it for it, token in self._running().items() if token == ended.token]:
                 self._end(trial_id, ended)
             self.leases.settled(ended)
 
     def sweep(self) -> None:
         """End Optuna trials that still run though no lease is on them: a worker died, or lost an answer, in `ask`."""
         self.settle()
-        held = {each.token for each in self.leases.all() if each.state == "held"}
-        for trial_id in self._running(None, held):
-            self._close(trial_id, TrialState.FAIL)
+        running = self._running()  # first: who begins now is not among them, and who ended since has settled
+        busy = {each.token for each in self.leases.all() if not each.settled}
+        for trial_id, token in running.items():
+            if token not in busy:
+                self._close(trial_id, TrialState.FAIL)
 
-    def _running(self, token: int | None, but: Collection[int] = ()) -> list[int]:
-        """Running Optuna trials of one lease, or of any but some."""
+    def _running(self) -> dict[int, int]:
+        """Running Optuna trials, and their leases."""
         running = self._database.redo(
             lambda: self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
         )
-        tokens = {trial._trial_id: trial.user_attrs.get(TOKEN) for trial in running}
-        return [trial_id for trial_id, of in tokens.items() if (of not in but if token is None else of == token)]
+        return {trial._trial_id: trial.user_attrs[TOKEN] for trial in running}
 
     def _end(self, trial_id: int, ended: Lease) -> None:
         found = self.leases.record(ended.token) if ended.state == "told" else None

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 5  # of workers, one after the other, without a trial told in between
 LAST_WORDS = 20  # lines of its error output that are kept of a worker
 POLL_S = 0.2
+STOP_S = 60.0  # for the batch it is at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,33 +112,35 @@ class LocalPool:
     _workers: list[_Child] = field(default_factory=list, init=False)
 
     def __call__(self, study: Study, config: JobConfig, say: Callable[[str], None]) -> None:
-        """Return once the study has its trials. Raises AutotuneError where workers only die."""
+        """Return once the study has its trials. Raises AutotuneError where workers only die, or it is closed."""
         answerers = max(1, self.cores // self.num_workers)
         command = [*self.command, "--study", study.name, "--answerers", str(answerers), "--until-stdin-closes"]
-        environment = {**os.environ, STORAGE: config.database, "OMP_NUM_THREADS": str(config.threads)}
-        deaths, num_told = 0, study.num_done
+        environment = {**os.environ, STORAGE: study.storage, "OMP_NUM_THREADS": str(config.threads)}
+        deaths, num_told = 0, len(study.told())
         self._workers = [_Child(command, environment) for _ in range(self.num_workers)]
         try:
             while not study.is_done(config.num_trials):
-                if (now := study.num_done) != num_told:
+                if (now := len(study.told())) != num_told:
                     deaths, num_told = 0, now
                     say("searching")
+                if study.leases.opened is None:
+                    raise AutotuneError("another process closed the study; run the same command again to go on with it")
                 for place, worker in enumerate(self._workers):
-                    if (status := worker.poll()) is None:
-                        continue
-                    if status == 0:  # there is nothing left to ask for: the others finish
-                        continue
+                    if worker.poll() is None or (worker.poll() == 0 and self.process_ids):
+                        continue  # one that ended well found nothing to ask for: the others finish
                     deaths += 1
-                    logger.warning("a worker ended with status %d; %d in a row by now", status, deaths)
+                    logger.warning("a worker ended with status %d; %d in a row by now", worker.poll(), deaths)
                     if deaths > MAX_DEATHS:
                         raise AutotuneError(
                             f"workers must live, but {deaths} died without a trial told in between, the last with "
-                            f"status {status}: {worker.last_words}; mend that, and run the same command again to resume"
+                            f"status {worker.poll()}: {worker.last_words}; mend that, and run the same command again "
+                            "to resume"
                         )
-                    worker.stop()
                     self._workers[place] = _Child(command, environment)
                 time.sleep(POLL_S)
         finally:
+            for worker in self._workers:
+                worker.ask_to_stop()
             for worker in self._workers:
                 worker.stop()
 
@@ -159,11 +162,15 @@ class _Child:
 
     def _listen(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._said.append(line.decode(errors="replace").strip())
+        with self.process.stderr:
+            for line in self.process.stderr:
+                self._said.append(line.decode(errors="replace").strip())
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        status = self.process.poll()
+        if status is not None:
+            self.ask_to_stop()  # nobody is there to ask: its end of the pipe is closed
+        return status
 
     @property
     def last_words(self) -> str:
@@ -171,15 +178,17 @@ class _Child:
         said = [line for line in self._said if line]
         return said[-1] if said else "it said nothing"
 
-    def stop(self) -> None:
-        """Have it hand back what it is at, and end; at once where it does not."""
+    def ask_to_stop(self) -> None:
+        """Have it hand back what it is at."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def stop(self) -> None:
+        """Wait for it to end; have it end where it does not."""
+        self.ask_to_stop()
         try:
-            self.process.wait(timeout=30.0)
+            self.process.wait(timeout=STOP_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self._listener.join(timeout=1.0)
-        assert self.process.stderr is not None
-        self.process.stderr.close()

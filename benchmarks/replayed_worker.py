@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autotune.config import STORAGE
-from autotune.stopping import StoppedError, stop_with_parent, stopping
+from autotune.stopping import StoppedError, stopping
 from autotune.store import Database, LeaseLostError
 from autotune.study import Asked, Study
 from benchmarks.grid import GRID
@@ -99,13 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answerers", type=int, help="as autotune worker's; of no matter here")
     parser.add_argument("--until-stdin-closes", action="store_true")
     given = parser.parse_args(arguments)
-    if given.until_stdin_closes:
-        stop_with_parent()
-    with stopping() as stop:
+    with stopping(with_parent=given.until_stdin_closes) as stop:
         try:
             told, _ = work(os.environ[STORAGE], given.study, given.seconds, stop)
         except StoppedError:
-            print("stopped; the trial it was at was handed back", file=sys.stderr)
+            print("stopped; what it was at is handed back", file=sys.stderr)
             return 0
     print(f"done: {told} trials told by this worker", file=sys.stderr)
     return 0

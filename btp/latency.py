@@ -7,7 +7,7 @@ enough to tell what else the device did; a window in which it did something else
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +102,7 @@ def measure(
     max_refused: int = 10,
     lock_timeout_s: float = 600.0,
     launch: Launch = "eager",
+    pulse: Callable[[], None] = lambda: None,
 ) -> LatencyBlocks:
     """Time `repeats` pruned prefills of `inputs` against dense ones, alone on the device.
 
@@ -110,6 +111,8 @@ def measure(
     the cores this process may run on that others may use; 1.0 lets them. max_refused: windows thrown away for that, or
     for another process on the GPU, with a pause after each, before giving up. The device's lock is held all the time.
     launch: "graphs" replays dense and pruned prefills alike, each recorded before the warm-up (`GraphedPrefill`).
+    pulse: called while the lock is waited for and between windows, for whoever wants a sign of life; what it raises
+    ends the measurement.
 
     Raises PlanError for illegal numbers; BusyDeviceError where too many windows were refused, or another process held
     the lock for `lock_timeout_s`; CaptureError where either prefill has no graph: the two are never launched unlike.
@@ -120,8 +123,8 @@ def measure(
             f"got {repeats}, {min_warmup} and {max_warmup}; measure(..., repeats=20) will do for most"
         )
     device = next(model.parameters()).device
-    session = _Session(model, inputs, plan, watch(device), max_others, max_refused)
-    with device_lock(device, lock_timeout_s):
+    session = _Session(model, inputs, plan, watch(device), max_others, max_refused, pulse)
+    with device_lock(device, lock_timeout_s, pulse):
         if launch == "graphs":
             session.record()
         warmup = session.warm_up(min_warmup, max_warmup)
@@ -139,8 +142,16 @@ class _Session:
     """One measurement while it runs."""
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, Any], plan: Plan, watch: Watch, max_others: float, max_refused: int
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        plan: Plan,
+        watch: Watch,
+        max_others: float,
+        max_refused: int,
+        pulse: Callable[[], None],
     ) -> None:
+        self._pulse = pulse
         self._model, self._inputs, self._plan = model, inputs, plan
         self._watch, self._max_others, self._max_refused = watch, max_others, max_refused
         self._dense_graph: GraphedPrefill | None = None
@@ -174,6 +185,7 @@ class _Session:
         """Windows until they have `repeats` blocks."""
         left, first = repeats, self._dense()
         while left:
+            self._pulse()
             window = self._window(first, left)
             reason = window.state.refusal(self._max_others)
             if reason is None:

@@ -31,6 +31,7 @@ MIGRATION_LOCK = 0x6274705F6174  # any number, the same for everybody: "btp_at"
 FULL = ("database or disk is full", "No space left on device", "could not extend file")
 
 Result = TypeVar("Result")
+_RULE = "--storage must begin with sqlite:/// or postgresql+psycopg://, got {}; give the address of a database"
 
 
 class StoreError(AutotuneError):
@@ -48,10 +49,12 @@ class Database:
     def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
         try:
             self._url = make_url(url)
-        except ArgumentError as error:
-            raise AutotuneError(f"--storage must be sqlite:///FILE or postgresql+psycopg://…, got {url!r}") from error
+        except ArgumentError:
+            raise AutotuneError(_RULE.format("something else")) from None  # it may have a password in it
         if self._url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise AutotuneError(f"--storage must be sqlite:///FILE or postgresql+psycopg://…, got {url!r}")
+            raise AutotuneError(_RULE.format(self._url.get_backend_name()))
+        if self._url.get_backend_name() == "sqlite":  # workers may have another working directory
+            self._url = self._url.set(database=str(Path(self._url.database or "study.db").absolute()))
         self._patience_s = patience_s
 
     def __str__(self) -> str:

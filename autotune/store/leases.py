@@ -25,6 +25,7 @@ from autotune.store.tables import Now, evaluation, job, late_result, lease
 __all__ = ["EXPIRED", "LEASE_S", "MAX_ATTEMPTS", "Evaluation", "Lease", "LeaseLostError", "Leases", "this_worker"]
 
 LEASE_S = 120.0  # from one sign of life to the next; a batch, or a block of a measurement, has to fit in
+DRIVER_S = 600.0  # what a job does after its trials has long steps
 MAX_ATTEMPTS = 3  # of a trial whose workers die
 SUPERSEDED = ("expired", "released")
 OPEN = ("waiting", "held")
@@ -53,6 +54,7 @@ class Lease:
     trial_id: int | None
     worker: str | None
     reason: str | None
+    settled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,31 @@ class Leases:
         except IntegrityError:  # another made it at the same moment
             self._database.run(work)
 
+    def drive(self, worker: str) -> str | None:
+        """Become the one process that begins the study and ends it, or stay it; who is it instead, where one lives.
+
+        It lasts for `DRIVER_S` without a sign of life, or until the process is seen to be dead.
+        """
+
+        def act(connection: Connection) -> str | None:
+            self._locked(connection)
+            now = select(job.c.driver, job.c.driver_expires > Now()).where(job.c.study == self._study)
+            driver, lives = connection.execute(now).one()
+            if driver not in (None, worker) and lives and not _is_dead(driver):
+                return str(driver)
+            mine = update(job).where(job.c.study == self._study)
+            connection.execute(mine.values(driver=worker, driver_expires=Now() + DRIVER_S))
+            return None
+
+        return self._database.run(act)
+
+    def leave(self, worker: str) -> None:
+        """Be the driver no more."""
+        mine = update(job).where(job.c.study == self._study, job.c.driver == worker)
+        self._database.run(lambda c: c.execute(mine.values(driver=None, driver_expires=None)))
+
     def open(self, config: Mapping[str, Any], target: int) -> None:
-        """Let workers ask, until there are `target` trials. config: for those that start from the database alone."""
+        """Let workers ask, until there are `target` trials, if they were not started with fewer. config: for them."""
         self._set_job(config=dict(config), target=target, is_open=True)
 
     def close(self) -> None:
@@ -118,8 +143,9 @@ class Leases:
     def claim(self, worker: str, target: int, first_index: int = 0) -> Lease | None:
         """A trial to try now: what waits, oldest first, or a new one while there are fewer than `target`; else None.
 
-        Leases that ran out, and those of processes of this host that are dead, are given up first. first_index: the
-        least place among the draws that a new trial may have; it has the one after the last, or this one.
+        Leases that ran out, and those of processes of this host that are dead, are given up first. target: no new one
+        beyond it, nor beyond what the study was opened for. first_index: the least place among the draws that a new
+        trial may have; it has the one after the last, or this one.
         """
         request = uuid.uuid4().hex
 
@@ -138,13 +164,22 @@ class Leases:
             superseded = case((lease.c.state.in_(SUPERSEDED), 1))
             known = select(func.count() - func.count(superseded), func.max(lease.c.draw_index)).where(self._mine)
             num_trials, last = connection.execute(known).one()
-            if num_trials >= target:
+            if num_trials >= min(target, self._target(connection) or target):
                 return None
             index = max(first_index, 0 if last is None else last + 1)
             new = self._new(number=num_trials, draw_index=index, **granted).returning(lease)
             return _lease(connection.execute(new).mappings().one())
 
         return self._database.run(act)
+
+    def give_up_dead(self) -> None:
+        """As `claim` begins: end the leases that ran out, and those of processes of this host that are dead."""
+
+        def act(connection: Connection) -> None:
+            self._locked(connection)
+            self._give_up_dead(connection)
+
+        self._database.run(act)
 
     def started(self, held: Lease, trial_id: int, work: Mapping[str, Any]) -> None:
         """Note what is tried, and as which Optuna trial. Raises LeaseLostError."""
@@ -168,7 +203,7 @@ class Leases:
                 connection.execute(insert(evaluation).values(known | {"number": held.number, "key": key}))
                 ended = {"state": "told", "expires": Now() + self.seconds}  # until then its worker settles it
                 connection.execute(update(lease).where(lease.c.token == held.token).values(ended))
-            elif state != "told":
+            elif state != "told" and not self._is_late(connection, held.token):
                 connection.execute(insert(late_result).values(known | {"worker": held.worker or ""}))
             return state in ("held", "told")
 
@@ -182,6 +217,10 @@ class Leases:
     def release(self, held: Lease, reason: str) -> None:
         """Hand the trial back, for another worker to try anew."""
         self._end(held, "released", reason)
+
+    def give_up(self, held: Lease, reason: str) -> None:
+        """As `release`, but that it was an attempt: the trial may be the reason that its worker could not go on."""
+        self._end(held, "expired", reason)
 
     def settled(self, ended: Lease) -> None:
         """Note that the Optuna trial says what the lease does."""
@@ -238,6 +277,9 @@ class Leases:
 
         self._database.run(act)
 
+    def _is_late(self, connection: Connection, token: int) -> bool:
+        return connection.execute(select(late_result.c.id).where(late_result.c.token == token)).first() is not None
+
     @property
     def _mine(self) -> Any:
         return lease.c.study == self._study
@@ -252,6 +294,9 @@ class Leases:
 
     def _set_job(self, **values: Any) -> None:
         self._database.run(lambda c: c.execute(update(job).where(job.c.study == self._study).values(values)))
+
+    def _target(self, connection: Connection) -> int:
+        return int(connection.execute(select(job.c.target).where(job.c.study == self._study)).scalar_one())
 
     def _num_trials(self, connection: Connection) -> int:
         counted = select(func.count()).where(self._mine, lease.c.state.not_in(SUPERSEDED))
@@ -294,7 +339,7 @@ class Leases:
             row = connection.execute(mine).mappings().first()
             if row is None:
                 return
-            if state == "released":
+            if state in SUPERSEDED:
                 self._give_up(connection, row, state, reason)
             else:
                 ended = {"state": state, "reason": reason, "expires": None}
@@ -318,9 +363,10 @@ def this_worker() -> str:
 
 @functools.cache
 def _host() -> str:
-    """The host and, in it, the process numbers that this process sees: two containers may share a name."""
-    numbers = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()}/{numbers.readlink() if numbers.exists() else ''}"
+    """The host, and the process numbers that this process sees there: hosts and containers may share a name."""
+    numbers, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
+    booted = boot.read_text(encoding="ascii")[:8] if boot.exists() else ""
+    return f"{socket.gethostname()}/{booted}/{numbers.readlink() if numbers.exists() else ''}"
 
 
 def _began(process: int) -> str:

@@ -31,25 +31,22 @@ class Results:
         found = self._find(name)
         if found is None:
             value = json.loads(json.dumps(compute()))
-            self._insert(name, value, ())
-            found = self._find(name)
-        assert found is not None
-        return dict(found[1])
+            found = self._insert(name, value, ())
+        return dict(found[0])
 
     def answers(self, name: str, compute: Callable[[], Scores]) -> Scores:
         """As `once`, for the answers to some samples."""
         found = self._find(name)
         if found is None:
             scores = compute()
-            columns = zip(scores.answers, scores.scores, scores.kl, scores.nll, strict=True)
+            texts = [answer.replace("\0", "") for answer in scores.answers]  # PostgreSQL has no such letter
+            columns = zip(texts, scores.scores, scores.kl, scores.nll, strict=True)
             rows = [
                 {"sample": sample, "answer": answer, "score": score, "kl": kl, "nll": nll}
                 for sample, (answer, score, kl, nll) in enumerate(columns)
             ]
-            self._insert(name, {"realised": scores.realised}, rows)
-            found = self._find(name)
-        assert found is not None
-        return self._scores(*found)
+            found = self._insert(name, {"realised": scores.realised}, rows)
+        return _scores(*found)
 
     def forget(self) -> None:
         """Delete all that was kept; measured pairs stay."""
@@ -82,12 +79,22 @@ class Results:
         except IntegrityError:  # another noted the same device at the same moment
             self._database.run(act)
 
-    def _find(self, name: str) -> tuple[int, Any] | None:
+    def _find(self, name: str) -> _Found | None:
         query = select(kept.c.id, kept.c.value).where(kept.c.scope == self._scope, kept.c.name == name)
-        row = self._database.run(lambda connection: connection.execute(query).first())
-        return None if row is None else (row[0], row[1])
+        columns = (sample_result.c.answer, sample_result.c.score, sample_result.c.kl, sample_result.c.nll)
 
-    def _insert(self, name: str, value: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+        def act(connection: Connection) -> _Found | None:
+            row = connection.execute(query).first()
+            if row is None:
+                return None
+            samples = select(*columns).where(sample_result.c.kept == row[0]).order_by(sample_result.c.sample)
+            return row[1], connection.execute(samples).all()
+
+        return self._database.run(act)
+
+    def _insert(self, name: str, value: Any, samples: Sequence[Mapping[str, Any]]) -> _Found:
+        """What is kept under the name from now on. Raises IntegrityError for what the tables do not take."""
+
         def act(connection: Connection) -> None:
             made = insert(kept).values(scope=self._scope, name=name, value=value).returning(kept.c.id)
             number = connection.execute(made).scalar_one()
@@ -97,15 +104,20 @@ class Results:
         try:
             self._database.run(act)
         except IntegrityError:  # kept already, by another or by an attempt whose answer was lost
-            return
+            if self._find(name) is None:
+                raise
+        found = self._find(name)
+        assert found is not None
+        return found
 
-    def _scores(self, number: int, value: Any) -> Scores:
-        columns = (sample_result.c.answer, sample_result.c.score, sample_result.c.kl, sample_result.c.nll)
-        query = select(*columns).where(sample_result.c.kept == number).order_by(sample_result.c.sample)
-        rows = self._database.run(lambda connection: connection.execute(query).all())
-        answers, scores, kl, nll = zip(*rows, strict=True) if rows else ((), (), (), ())
-        realised = tuple((tuple(counts), num) for counts, num in value["realised"])
-        return Scores(answers=answers, scores=scores, realised=realised, kl=kl, nll=nll)
+
+_Found = tuple[Any, Sequence[Any]]
+
+
+def _scores(value: Any, rows: Sequence[Any]) -> Scores:
+    answers, scores, kl, nll = zip(*rows, strict=True) if rows else ((), (), (), ())
+    realised = tuple((tuple(counts), num) for counts, num in value["realised"])
+    return Scores(answers=answers, scores=scores, realised=realised, kl=kl, nll=nll)
 
 
 def note_promotion(

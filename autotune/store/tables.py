@@ -73,6 +73,8 @@ job = Table(
     Column("config", JSON, nullable=False, doc="what the study is asked with, for workers to start from"),
     Column("target", Integer, nullable=False, doc="how many trials"),
     Column("is_open", Boolean, nullable=False, doc="whether workers may ask"),
+    Column("driver", String(255), nullable=True, doc="the one process that begins the study and ends it"),
+    Column("driver_expires", Double, nullable=True, doc="by the database's clock"),
     Column("created", Double, nullable=False),
 )
 """One row a study. Whoever changes what is leased, or tells, holds this row: the study's changes have one order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -21,12 +22,15 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from autotune.config import AutotuneError
+from autotune.evaluation import AnswererDiedError
 from autotune.objective import Told
 from autotune.search import Search
 from autotune.space import SearchSpace
 from autotune.stopping import StoppedError
 from autotune.store import Database, Leases
 from autotune.study import Study
+from btp.errors import BusyDeviceError
 from btp.plan import Plan
 from tests.autotune.formula_bench import LIMIT, SPACE, FormulaBench, config
 
@@ -227,6 +231,52 @@ def test_a_trial_that_cannot_be_scored_fails_with_its_reason_and_the_study_goes_
         t for t in optuna.load_study(study_name=NAME, storage=study._storage).trials if t.state == TrialState.FAIL
     ]
     assert [t.user_attrs["reason"] for t in failed] == [study.failures[name]]
+
+
+def test_a_worker_whose_trials_all_fail_is_taken_for_broken_itself(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    begun(storage)
+    bench = FormulaBench()
+
+    def running(plan: Plan, split: str) -> Iterator[Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield
+
+    study, search = worker(storage, bench)
+    bench.running_scores = running  # type: ignore[method-assign]
+    with pytest.raises(AutotuneError, match="3 failed one after the other, the last with RuntimeError: CUDA error"):
+        search.run()
+    assert study.leases.counts()["failed"] == 3
+    assert len(finished(storage).told()) == NUM_TRIALS - 3
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (AnswererDiedError("a worker process must live"), "expired"),
+        (OSError(errno.ENOSPC, "No space left on device"), "released"),
+        (BusyDeviceError("busy"), "released"),
+    ],
+    ids=["answerer", "disk", "busy"],
+)
+def test_what_is_not_the_trials_fault_ends_the_worker_and_the_trial_is_tried_again(
+    tmp_path: Path, error: Exception, state: str
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    begun(storage)
+    bench = FormulaBench()
+    study, search = worker(storage, bench)
+
+    def running(plan: Plan, split: str) -> Iterator[Any]:
+        raise error
+        yield
+
+    bench.running_scores = running  # type: ignore[method-assign]
+    with pytest.raises((AutotuneError, BusyDeviceError)):
+        search.run()
+    assert study.leases.counts()[state] == 1
+    assert study.leases.counts().get("failed") is None
+    assert finished(storage).told() == undisturbed()
 
 
 def test_a_worker_that_is_asked_to_stop_hands_its_trial_back(storage: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, event, inspect, text
+from sqlalchemy.exc import IntegrityError
 
 from autotune.config import AutotuneError
 from autotune.scores import Scores
@@ -38,7 +39,7 @@ ELSEWHERE = "another-host/pid:[1]/1/1"
 def leases(storage: str, study: str = "study", **terms: Any) -> Leases:
     found = Leases(Database(storage), study, **terms)
     found.create()
-    found.open({"model": "m"}, 5)
+    found.open({"model": "m"}, 1000)
     return found
 
 
@@ -207,6 +208,7 @@ def test_two_reapers_at_once_give_a_trial_up_once(storage: str) -> None:
         process.start()
     for process in processes:
         process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     retried = Counter(each.retry_of for each in study.all() if each.retry_of is not None and each.attempt == 1)
     assert set(retried.values()) == {1}
     assert len(retried) == 4
@@ -326,10 +328,56 @@ def test_pairs_are_noted_by_device_and_promotions_are_logged(storage: str) -> No
         assert connection.execute(text("SELECT to_version, who FROM promotion")).one() == (2, "me")
 
 
-@pytest.mark.parametrize("url", ["mysql://x/y", "nonsense", "sqlite+what:///x"])
-def test_an_address_of_something_else_is_refused(url: str) -> None:
-    with pytest.raises(AutotuneError, match="--storage"):
+@pytest.mark.parametrize(
+    "url", ["mysql://me:secret@x/y", "nonsense secret", "postgres://me:secret@db/x", "sqlite+what:///x"]
+)
+def test_an_address_of_something_else_is_refused_and_its_password_not_repeated(url: str) -> None:
+    with pytest.raises(AutotuneError, match="--storage") as raised:
         Database(url).run(lambda connection: None)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_lower_target_of_the_study_counts_for_workers_that_began_with_a_higher_one(storage: str) -> None:
+    study = leases(storage)
+    study.open({}, 2)
+    assert [study.claim("w", 5) is not None for _ in range(3)] == [True, True, False]
+
+
+def test_one_driver_at_a_time_and_a_dead_one_is_followed(storage: str) -> None:
+    study = leases(storage)
+    assert study.drive(this_worker()) is None
+    assert study.drive(this_worker()) is None
+    assert study.drive(ELSEWHERE) == this_worker()
+    study.leave(ELSEWHERE)
+    assert study.drive(ELSEWHERE) == this_worker()
+    study.leave(this_worker())
+    assert study.drive(ELSEWHERE) is None
+    with looked_into(storage) as connection:
+        connection.execute(text("UPDATE job SET driver_expires = 1"))
+    killed(lambda: leases(storage).drive(this_worker()))
+    assert study.drive(this_worker()) is None
+
+
+def test_an_attempt_that_its_worker_could_not_go_on_with_counts(storage: str) -> None:
+    study = leases(storage, max_attempts=2)
+    for _ in range(2):
+        held = study.claim("w", 1)
+        assert held is not None
+        study.give_up(held, "a process died")
+    assert study.counts() == {"expired": 1, "failed": 1}
+
+
+def test_what_the_tables_do_not_take_is_an_error_and_not_kept(tmp_path: Path) -> None:
+    results = Results(Database(f"sqlite:///{tmp_path / 'study.db'}"), "scope")
+    broken = Scores(("x",), (1.0,), (), (0.0,), (float("nan"),))
+    with pytest.raises(IntegrityError):
+        results.answers("part", lambda: broken)
+    assert results.answers("part", lambda: SCORES) == SCORES
+
+
+def test_a_letter_that_postgresql_does_not_have_is_left_out(storage: str) -> None:
+    odd = Scores(("a\0b",), (1.0,), (), (0.0,), (0.0,))
+    assert Results(Database(storage), "scope").answers("part", lambda: odd).answers == ("ab",)
 
 
 def test_a_server_that_is_not_there_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:

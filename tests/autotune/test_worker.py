@@ -20,6 +20,7 @@ from autotune import data, job, reference
 from autotune.bench import Bench
 from autotune.cli import app
 from autotune.config import OPTUNA_PROXY, STORAGE, AutotuneError, JobConfig, Limit
+from autotune.store import Database
 from autotune.study import Study
 from autotune.worker import LocalPool, Overrides, serve
 from benchmarks.replayed_worker import open_study, work
@@ -51,7 +52,7 @@ def test_a_signal_has_a_worker_hand_its_trial_back_and_end_well(storage: str, nu
     worker.send_signal(number)
     _, said = worker.communicate(timeout=10)
     assert worker.returncode == 0
-    assert "was handed back" in said
+    assert "is handed back" in said
     assert study.leases.counts() == {"released": 1, "waiting": 1}
     assert study.leases.unsettled() == []
 
@@ -82,6 +83,30 @@ def test_workers_that_only_die_end_the_pool_with_what_the_last_one_said(tmp_path
     with pytest.raises(AutotuneError, match=r"workers must live.*status 3: no such library"):
         pool(study, replace(config(tmp_path, 4), storage=storage), lambda _: None)
     assert pool.process_ids == []
+
+
+@pytest.mark.parametrize(("is_closed", "named"), [(False, "status 0: bye"), (True, "closed the study")])
+def test_workers_that_all_end_well_before_the_study_does_are_not_waited_for(
+    tmp_path: Path, is_closed: bool, named: str
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = open_study(storage, "study", 4, "qmc")
+    if is_closed:
+        study.leases.close()
+    pool = LocalPool(2, command=(sys.executable, "-c", "import sys; print('bye', file=sys.stderr)"))
+    with pytest.raises(AutotuneError, match=named):
+        pool(study, replace(config(tmp_path, 4), storage=storage), lambda _: None)
+
+
+def test_a_study_that_a_living_process_drives_is_refused_to_another(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'study.db'}")
+    one, other = (Study(database, "study", 0, worker=f"another-host/x/{number}/1") for number in range(2))
+    with one.driven() as alive:
+        alive()
+        with pytest.raises(AutotuneError, match="join it with autotune worker --study study"), other.driven():
+            pass
+    with other.driven(), pytest.raises(AutotuneError, match="one process at a time"):
+        alive()
 
 
 def test_a_pool_has_the_trials_tried_and_leaves_no_process(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from btp import BusyDeviceError, Plan, PlanError, Stage, device_key, latency, measure
 from btp.capture import CaptureError
-from btp.device_lock import device_lock, lock_name
+from btp.device_lock import computing, device_lock, lock_name
 from btp.device_state import CpuWatch, DeviceState, GpuWatch, bearable_share, watch
 from btp.graphs import GraphedPrefill
 from btp.intervals import percentile, ratio_interval, repetition_interval, stretch_length, theil_sen_slope
@@ -362,6 +362,34 @@ def test_a_second_process_waits_its_turn():
         with device_lock(CPU, 20.0):
             assert time.monotonic() - start > 0.2
         assert holder.wait() == 0
+
+
+COMPUTE = HOLD.replace("device_lock", "computing")
+
+
+def test_who_measures_waits_for_those_who_compute_and_they_do_not_begin_meanwhile():
+    with processes(COMPUTE.format(seconds=1.0), COMPUTE.format(seconds=1.0)) as both:
+        start = time.monotonic()
+        waited = []
+        with device_lock(CPU, 20.0, lambda: waited.append(time.monotonic())):
+            assert time.monotonic() - start > 0.3
+            assert [each.wait(timeout=5) for each in both] == [0, 0]
+            code = COMPUTE.format(seconds=0).replace("20.0", "0.2")
+            third = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "BusyDeviceError" in third.stderr
+
+
+def test_computing_is_shared_and_gives_up_in_time():
+    with processes(COMPUTE.format(seconds=60)) as (other,):
+        with computing(CPU, 0.5), computing(CPU, 0.5):
+            with pytest.raises(RuntimeError, match=r"outside of `computing`"), device_lock(CPU, 0.5):
+                pass
+        with pytest.raises(BusyDeviceError, match="waits until nobody else computes"), device_lock(CPU, 0.3):
+            pass
+        other.kill()
+        other.wait()
+        with device_lock(CPU, 5.0), computing(CPU, 0.1):  # who measures may compute
+            pass
 
 
 def test_the_holder_may_measure_again(llava, inputs_for):

@@ -26,6 +26,8 @@ def upgrade() -> None:
         sa.Column("config", sa.JSON(), nullable=False),
         sa.Column("target", sa.Integer(), nullable=False),
         sa.Column("is_open", sa.Boolean(), nullable=False),
+        sa.Column("driver", sa.String(length=255), nullable=True),
+        sa.Column("driver_expires", sa.Double(), nullable=True),
         sa.Column("created", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("study", name=op.f("pk_job")),
     )
