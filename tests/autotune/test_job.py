@@ -218,6 +218,23 @@ def test_the_offline_page_needs_no_network(finished: tuple[Path, dict[str, Any]]
     assert "<script src=" not in page
 
 
+def test_a_disk_that_is_full_while_the_results_are_written_costs_nothing_that_was_found(
+    handed_in: Path, finished: tuple[Path, dict[str, Any]], kept: Kept
+) -> None:
+    out, outcome = finished
+    before, trials = kept(out), (out / "trials.json").read_bytes()
+    (out / "trials.json").unlink()
+    (out / "trials.json").symlink_to("/dev/full")
+    done = run(*arguments(handed_in, out))
+    assert done.returncode == 2
+    assert "no room to write" in done.stderr
+    assert "Traceback" not in done.stderr
+    (out / "trials.json").unlink()
+    (out / "trials.json").write_bytes(trials)
+    assert kept(out)[: len(before)] == before
+    assert [v.uri for v in Registry(f"sqlite:///{out / 'mlflow.db'}").versions("model")] == [outcome["version"]]
+
+
 def test_running_again_resumes_and_computes_nothing_twice(
     handed_in: Path, finished: tuple[Path, dict[str, Any]], kept: Kept
 ) -> None:
