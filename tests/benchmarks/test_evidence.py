@@ -46,14 +46,7 @@ class Device:
         self.measured: Counter[str] = Counter()
 
     def __call__(
-        self,
-        model: Any,
-        inputs: Any,
-        plan: Plan,
-        limit: Any,
-        repeats: int,
-        width: float | None = None,
-        note: Any = None,
+        self, model: Any, inputs: Any, plan: Plan, limit: Any, repeats: int, width: float | None = None, *_: Any
     ) -> tuple[Interval, float]:
         self.measured[plan.digest] += 1
         return Interval(formula(plan), formula(plan) - 0.002, formula(plan) + 0.002), 40.0
