@@ -35,7 +35,7 @@ VARIABLE = re.compile(r"\$\{(\w+)(:?[-?])([^}]*)\}")
 
 NUM_TRIALS = 10
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(450)]
 
 
 def interpolated(text: str, variables: dict[str, str]) -> str:

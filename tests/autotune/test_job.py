@@ -30,7 +30,7 @@ from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(450)]
 
 Kept = Callable[..., list[tuple[Any, ...]]]
 
@@ -91,7 +91,7 @@ def finished(handed_in: Path, kept: Kept, tmp_path_factory: pytest.TempPathFacto
     again = started(handed_in, out)
     wait_until(lambda: any(process not in workers for process in holders(out)))
     os.kill(next(process for process in holders(out) if process not in workers), signal.SIGKILL)
-    told, said = again.communicate(timeout=200)
+    told, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     return out, json.loads(told)
 
@@ -115,7 +115,7 @@ def study_of(out: Path) -> Study:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 150
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.05)
