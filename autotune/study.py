@@ -188,12 +188,7 @@ class Study:
     @property
     def names(self) -> set[str]:
         """Of the fixed plans, whatever has become of them."""
-        return {lease.name for lease in self.leases.all() if lease.name is not None}
-
-    @property
-    def fixed_plans(self) -> dict[str, Plan]:
-        """Fixed plans by name, whatever has become of them."""
-        return {each.name: Plan.from_dict(dict(each.work or {})) for each in self.leases.all() if each.name is not None}
+        return self.leases.names()
 
     @property
     def failures(self) -> dict[str, str]:

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 import tenacity
 from filelock import FileLock
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from autotune.config import AutotuneError, check_sqlite
-from autotune.store.tables import Now
 
 __all__ = ["Database", "StoreError", "begin_immediately"]
 
@@ -110,10 +109,6 @@ class Database:
         """As `run`, for what brings its own transactions."""
         return self._patiently(work, self._patience_s)
 
-    def now(self) -> float:
-        """Seconds since 1970 by the database's clock."""
-        return self.run(lambda connection: float(connection.execute(select(Now())).scalar_one()))
-
     @contextmanager
     def setting_up(self, engine: Engine | None = None) -> Iterator[None]:
         """One process at a time makes tables, whoever else starts at the same moment."""
@@ -148,7 +143,7 @@ class Database:
         )
         try:
             return retrying(work)
-        except Exception as error:
+        except Exception as error:  # Optuna and its proxy wrap what the driver says; what is about nothing else goes on
             cause = _cause(error)
             if cause is None:
                 raise

@@ -241,6 +241,11 @@ class Leases:
         made = select(lease).where(self._mine, lease.c.state.in_(states), lease.c.draw_index.is_not(None))
         return [each for each in self._leases(made.order_by(lease.c.token)) if each.work is not None]
 
+    def names(self) -> set[str]:
+        """Of the fixed plans, whatever has become of them."""
+        named = select(lease.c.name).where(self._mine, lease.c.name.is_not(None)).distinct()
+        return set(self._database.run(lambda c: c.execute(named).scalars().all()))
+
     def all(self) -> list[Lease]:
         """Every attempt, oldest first."""
         return self._leases(select(lease).where(self._mine).order_by(lease.c.token))
