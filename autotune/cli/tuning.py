@@ -1,4 +1,4 @@
-"""The command line: reads what the user typed, wires the concrete parts, prints. The only place that does."""
+"""Tuning from the command line: jobs, their workers, comparisons, and what is measured of one plan."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from autotune.config import STORAGE, AutotuneError, CompareConfig, JobConfig, Limit
-from autotune.console import bar, errors, plain, print_tables, stderr
-from autotune.options import (
+from autotune.cli.console import bar, errors, plain, print_tables, stderr
+from autotune.cli.options import (
     CORES,
     AnswerersOption,
     DataOption,
@@ -38,16 +37,12 @@ from autotune.options import (
     TrialsOption,
     WorkersOption,
 )
+from autotune.config import STORAGE, AutotuneError, CompareConfig, JobConfig, Limit
 
 if TYPE_CHECKING:
     from autotune.job import Pool
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Find, prove and hand out image-token pruning plans for vision-language models.",
-)
+app = typer.Typer()
 
 
 @app.command()
@@ -327,8 +322,8 @@ def _guard(text: str) -> float | None:
 
 def _default_space() -> Path:
     """The search space that comes along, in an installed wheel or in a checkout."""
-    inside = Path(__file__).parent / "search_spaces" / "reference.yaml"
-    return inside if inside.exists() else Path(__file__).parents[1] / "search_spaces" / "reference.yaml"
+    inside = Path(__file__).parents[1] / "search_spaces" / "reference.yaml"
+    return inside if inside.exists() else Path(__file__).parents[2] / "search_spaces" / "reference.yaml"
 
 
 def _pool(num_workers: int, cores: int, ray: str = "", gpus: float = 0.0) -> Pool | None:
@@ -389,11 +384,3 @@ def _run_comparison(config: CompareConfig, as_json: bool) -> None:
             headings, by_task = found.by_task(fraction)
             print_tables([plain("accuracy by task, %")], headings, [by_task], [], 100)
         print_tables([], (), [], [*found.notes(), *files], 100)
-
-
-def main() -> None:
-    app()
-
-
-if __name__ == "__main__":
-    main()
