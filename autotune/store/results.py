@@ -125,5 +125,6 @@ def note_promotion(
 ) -> None:
     """Log that an alias was moved from one version to another."""
     values = {"registry": registry, "name": name, "alias": alias, "who": who, "why": why, "promoted": Now()}
+    values |= {"kind": "promote", "applied": True}
     row = insert(promotion).values(from_version=before, to_version=after, **values)
     database.run(lambda connection: connection.execute(row))

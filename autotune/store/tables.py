@@ -24,6 +24,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 __all__ = [
     "Now",
+    "api_key",
     "device",
     "evaluation",
     "job",
@@ -34,6 +35,8 @@ __all__ = [
     "metadata",
     "promotion",
     "sample_result",
+    "submission",
+    "submission_event",
 ]
 
 metadata = MetaData(
@@ -183,15 +186,69 @@ promotion = Table(
     "promotion",
     metadata,
     Column("id", BigId, primary_key=True),
+    Column("request", String(32), nullable=True, unique=True, doc="of whoever asked: asked again, it is the same row"),
     Column("registry", Text, nullable=False),
     Column("name", String(255), nullable=False),
     Column("alias", String(255), nullable=False),
+    Column("kind", String(16), nullable=False, doc="promote or rollback"),
     Column("from_version", Integer, nullable=True),
     Column("to_version", Integer, nullable=False),
     Column("who", String(255), nullable=False),
     Column("why", Text, nullable=False),
     Column("promoted", Double, nullable=False),
+    Column("applied", Boolean, nullable=False, doc="whether the registry's alias was seen to follow"),
     Index(None, "name", "alias"),
     sqlite_autoincrement=True,
 )
-"""Which version an alias was moved to, by whom and why."""
+"""Which version an alias is to point to, by whom and why: written first, and the registry's alias follows it."""
+
+api_key = Table(
+    "api_key",
+    metadata,
+    Column("id", BigId, primary_key=True),
+    Column("name", String(255), nullable=False, unique=True),
+    Column("prefix", String(16), nullable=False, unique=True, doc="the part that is no secret: what a key is found by"),
+    Column("hash", String(64), nullable=False, doc="SHA-256 of the whole key, which is random enough for it"),
+    Column("scopes", JSON, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("expires", Double, nullable=True, doc="by the database's clock"),
+    Column("revoked", Double, nullable=True),
+    sqlite_autoincrement=True,
+)
+
+submission = Table(
+    "submission",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("key", BigInteger, ForeignKey(api_key.c.id), nullable=False, doc="whose it is"),
+    Column("idempotency_key", String(255), nullable=True),
+    Column("digest", String(64), nullable=False, doc="of the settings: one idempotency key, one request"),
+    Column("settings", JSON, nullable=False),
+    Column("state", String(16), nullable=False, doc="queued, running, succeeded, failed, cancelled"),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("attempt", Integer, nullable=False, doc="fencing token: how often it was claimed"),
+    Column("worker", String(255), nullable=True),
+    Column("expires", Double, nullable=True, doc="by the database's clock"),
+    Column("study", String(255), nullable=True),
+    Column("outcome", JSON, nullable=True),
+    Column("reason", Text, nullable=True, doc="why it failed"),
+    Column("created", Double, nullable=False),
+    Column("started", Double, nullable=True),
+    Column("finished", Double, nullable=True),
+    UniqueConstraint("key", "idempotency_key"),
+    Index(None, "state", "created"),
+)
+"""A tuning job that was handed in over HTTP, until a worker has seen it through."""
+
+submission_event = Table(
+    "submission_event",
+    metadata,
+    Column("id", BigId, primary_key=True, doc="rises in the order of what happened"),
+    Column("submission", String(32), ForeignKey(submission.c.id), nullable=False),
+    Column("kind", String(16), nullable=False, doc="state or progress"),
+    Column("data", JSON, nullable=False),
+    Column("at", Double, nullable=False),
+    Index(None, "submission", "id"),
+    sqlite_autoincrement=True,
+)
+"""What there is to follow of it, whoever serves the one who follows."""
