@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +17,11 @@ import torch
 
 from autotune import data, racing
 from autotune.certify import Interval, ScoreTable
-from autotune.config import Limit, RunConfig
+from autotune.config import AutotuneError, Limit, RunConfig
 from autotune.data import Example
 from autotune.evaluation import Evaluator, EvaluatorPool, Scores, load_model, prompt_inputs
 from autotune.learn import Learned, learn
+from autotune.measured import Measured
 from autotune.reference import WEIGHTS
 from autotune.schedule import flops_of
 from autotune.scores import joined
@@ -32,9 +33,9 @@ from btp.families import anatomy_of
 from btp.intervals import percentile, ratio_interval
 from btp.latency import device_key, measure
 from btp.plan import Plan, round_half_up
-from btp.profile import Profile
+from btp.profile import Profile, Workload
 
-__all__ = ["Bench", "learn_file", "measure_file", "measure_ratio"]
+__all__ = ["Bench", "learn_file", "measure_file", "measure_ratio", "score_file"]
 
 NUM_CALIBRATION = 64  # samples of BTP's calibration
 NUM_WITHDRAWAL = 20  # samples of VTW's layer search
@@ -95,8 +96,8 @@ def measure_ratio(
 
 def measure_file(
     path: Path, model: str, questions: Path | None, limit: Limit, threads: int, repeats: int, device: str
-) -> tuple[Interval, float, bool]:
-    """Ratio to dense, dense's milliseconds and whether the limit is met, of the profile or plan in a file.
+) -> Measured:
+    """The latency of the profile or plan in a file.
 
     model: empty for the reference VLM; questions: None for its data. A profile must fit the model, a plan need not say.
     """
@@ -106,8 +107,35 @@ def measure_file(
     if "schema_version" in json.loads(path.read_text(encoding="utf-8")):
         Profile.load(path).check_fits(anatomy_of(loaded).identity)
     inputs = prompt_inputs(processor, data.load_splits(questions)["calibrate"][:1], device)
-    ratio, dense_ms = measure_ratio(loaded, inputs, plan, limit, repeats)
-    return ratio, dense_ms, ratio.value <= limit.ratio(dense_ms)
+    blocks: list[tuple[Sequence[float], Sequence[float]]] = []
+    ratio, dense_ms = measure_ratio(loaded, inputs, plan, limit, repeats, note=lambda *block: blocks.append(block))
+    return Measured.of(limit, ratio, dense_ms, blocks, asdict(device_key(loaded, inputs)))
+
+
+def score_file(profile: Profile, model: str, questions: Path | None, device: str, answerers: int) -> float:
+    """Macro accuracy of a profile's plan on `certify`, answered here and now.
+
+    model: empty for the reference VLM; questions: None for its data. answerers: processes, on a CPU. The profile must
+    fit the model, and model and questions must be those it was certified with, or AutotuneError says which is not.
+    """
+    source = model or str(WEIGHTS)
+    examples = data.load_splits(questions)["certify"]
+    here = {"model": _model_digest(source), "data": data.digest(examples)}
+    told = {"model": profile.evidence.get("model_digest"), "data": profile.evidence.get("data", {}).get("certify")}
+    for name, digest in here.items():
+        if told[name] is not None and told[name] != digest:
+            raise AutotuneError(
+                f"--{name} must be what the profile was certified with, SHA-256 {told[name]}, got {digest}; "
+                "hand in the same, or certify anew with autotune tune"
+            )
+    loaded, processor = load_model(source, device)
+    profile.check_fits(anatomy_of(loaded).identity)
+    if device == "cpu" and answerers > 1:
+        scores = EvaluatorPool(source, {"certify": examples}, answerers)(profile.plan, "certify").scores
+    else:
+        scores = Evaluator(loaded, processor, examples)(profile.plan).scores
+    table = ScoreTable([e.image_id for e in examples], [e.task for e in examples])
+    return table.macro(scores).value
 
 
 def learn_file(
@@ -166,6 +194,11 @@ class Bench:
         self._in_memory: dict[str, Scores] = {}
         self._evaluate = cache(self._make_evaluator)
         self.table = cache(self._make_table)
+
+    @property
+    def workload(self) -> Workload:
+        """What is run here: the part of the device's key that a profile is made for."""
+        return Workload(**{field.name: getattr(self.key, field.name) for field in fields(Workload)})
 
     def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
         """Measured latency ratio to dense, and dense's milliseconds, with `effort` times the usual pairs."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,8 +17,10 @@ from autotune.bench import Bench
 from autotune.certify import Certificate, Interval, ScoreTable, certify, finalists
 from autotune.config import AutotuneError, JobConfig
 from autotune.data import Example
-from autotune.delivery import Outcome, Row, check_out, deliver, fresh_ratio, registry_of
+from autotune.delivery import Outcome, check_out, deliver, registry_of
+from autotune.measured import Measured, measure_fresh
 from autotune.objective import Told
+from autotune.papers import Proof, Row
 from autotune.samplers import SAMPLERS
 from autotune.search import CONTROLS, DENSE, LEARNED, PUBLISHED, Search, title
 from autotune.space import SearchSpace
@@ -55,6 +58,7 @@ def run(
     check_out(config)
     bench = Bench(config, splits, config.limit)
     _check_plans(config, bench)
+    registry_of(config).check_home(config.name, bench.anatomy.identity, bench.workload)
     progress("measuring dense", 0, 0, None)
     limit = _feasible_limit(bench, config)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -77,9 +81,7 @@ def run(
             raise AutotuneError(f"{name} was closed before it had its trials; run the same command again to resume")
         study.leases.close()
         search.finish()
-        champion, certificate = _certified(bench, study, config, say)
-        rows, minus = _compared(bench, study, champion, say)
-        return deliver(config, bench, study, champion, rows, minus, say, began, certificate)
+        return deliver(config, bench, study, _proven(bench, study, config, say), say, began)
 
 
 def _anew(study: Study, bench: Bench, config: JobConfig) -> Study:
@@ -201,37 +203,51 @@ def _reasons(study: Study) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in study.failures.items())
 
 
-def _certified(bench: Bench, study: Study, config: JobConfig, say: Callable[[str], None]) -> tuple[Told, Certificate]:
-    """The first finalist, in the order of `select`, that is certified; without one the first, with what it fails.
+def _proven(bench: Bench, study: Study, config: JobConfig, say: Callable[[str], None]) -> Proof:
+    chosen = {t.name: t for t in _finalists(study, config)}
+    certificates, measured = _certified(chosen, bench, study, config, say)
+    name = next((name for name, each in certificates.items() if each.certified), next(iter(certificates)))
+    rows, minus = _compared(bench, study, chosen[name], say)
+    return Proof(
+        champion=chosen[name], certificates=certificates, measured=measured[name], rows=tuple(rows), minus=minus
+    )
+
+
+def _certified(
+    chosen: Mapping[str, Told], bench: Bench, study: Study, config: JobConfig, say: Callable[[str], None]
+) -> tuple[dict[str, Certificate], dict[str, Measured]]:
+    """A certificate of every finalist in the order of `select`; measured is the first that is certified, or the first.
 
     The others are as they are: to take the one that did best on held-out pictures would be to choose by them.
     """
-    chosen = {t.name: t for t in _finalists(study, config)}
     scores = {}
     for name, finalist in chosen.items():
         say(f"certifying {name}")
         scores[name] = bench.scores(finalist.plan, "certify").scores
     dense = bench.scores(DENSE, "certify").scores
-    latency: dict[str, Interval] = {}
-    limit = study.notes["limit"]
+    measured: dict[str, Measured] = {}
 
     def certificates() -> dict[str, Certificate]:
+        # A limit in milliseconds is another ratio where dense is slower.
+        limit = min(study.notes["limit"], *(m.limit_ratio for m in measured.values()), math.inf)
+        latency = {name: m.ratio for name, m in measured.items()}
         return certify(scores, dense, bench.table("certify"), latency, limit, config.margin, guard=config.guard)
 
-    for name, certificate in certificates().items():
-        if not certificate.as_good:
-            continue
+    def measure(name: str) -> None:
         say(f"measuring {name} in a fresh process")
         path = config.out / "finalist.json"
         chosen[name].plan.save(path)
-        latency[name], _, fresh_limit = fresh_ratio(config, path)
+        measured[name] = measure_fresh(config, path)
         path.unlink()
-        limit = min(limit, fresh_limit)  # one in milliseconds is another ratio where dense is slower
-        if certificates()[name].certified:
-            break
-    found = certificates()
-    name = next((name for name, certificate in found.items() if certificate.certified), next(iter(found)))
-    return chosen[name], found[name]
+
+    for name, certificate in certificates().items():
+        if certificate.as_good:
+            measure(name)
+            if certificates()[name].certified:
+                return certificates(), measured
+    if (first := next(iter(chosen))) not in measured:
+        measure(first)
+    return certificates(), measured
 
 
 def _compared(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, Self
 
 from scipy import stats
 
@@ -80,6 +80,12 @@ class Told:
     guard: float | None = None
     complete: bool = True
     looks: tuple[tuple[int, float, float], ...] = ()
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """What a study keeps of it, as plain data."""
+        looks = tuple((num_samples, score, proxy) for num_samples, score, proxy in record["looks"])
+        return cls(**{**record, "plan": Plan.from_dict(record["plan"]), "looks": looks})
 
     @property
     def over(self) -> float:

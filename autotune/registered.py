@@ -1,50 +1,91 @@
-"""What stands in a registry: versions, what is known of a model, and files that are staged, tagged and checked."""
+"""What stands in a registry: versions, what is known of a model, and what is refused."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from autotune.config import AutotuneError
-from btp.errors import ProfileError
 from btp.plan import Plan
-from btp.profile import DeviceKey, ModelIdentity, Profile
-from btp.sealed import canonical_json, sha256_of
+from btp.profile import DeviceKey, Profile
 
 __all__ = [
     "ANSWERS",
     "CERTIFIED",
-    "PROFILE",
+    "IDENTITY",
+    "MANIFEST",
     "REASONS",
+    "SHA256",
+    "TEXT",
+    "WORKLOAD",
+    "GateError",
     "Known",
+    "NotRegisteredError",
+    "Reference",
     "RegistryError",
     "Version",
-    "certificate_tags",
-    "check",
-    "identity_of",
-    "put",
-    "stage",
+    "best_of",
 ]
 
-PROFILE = "profile/profile.json"  # in a run's artifacts
-ANSWERS = "select.json"  # in the folder `evidence` beside it
+ANSWERS = "select.json"  # among a version's evidence
 CERTIFIED = "certified"
 REASONS = "reasons"
-MAX_TAG = 5000  # characters
+SHA256 = "sha256"
+MANIFEST = "manifest"
+IDENTITY = "model_identity"
+WORKLOAD = "workload"
+TEXT = ".text"  # what follows a digest's tag where the same is told in words
+SCHEME = "models:/"
 
 
 class RegistryError(AutotuneError):
     """The registry could not do what was asked; nothing half-written was left behind."""
 
 
+class NotRegisteredError(RegistryError):
+    """The registry has no such name, alias or version."""
+
+
+class GateError(RegistryError):
+    """A promotion that must not be; the alias stays where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A version by alias or by number: one of the two is there."""
+
+    name: str
+    alias: str | None = None
+    version: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Of models:/NAME@ALIAS or models:/NAME/VERSION, the scheme left out or not. Raises RegistryError."""
+        rest = text.removeprefix(SCHEME)
+        name, at, alias = rest.partition("@")
+        if at and name and alias and "/" not in name:
+            return cls(name, alias=alias)
+        name, _, number = rest.partition("/")
+        if name and number.isascii() and number.isdigit() and not at:
+            return cls(name, version=int(number))
+        raise RegistryError(
+            f"a reference reads models:/NAME@ALIAS or models:/NAME/VERSION, got {text!r}; "
+            "autotune profiles list shows which there are"
+        )
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.name}" + (f"/{self.version}" if self.alias is None else f"@{self.alias}")
+
+
 @dataclass(frozen=True)
 class Version:
     """One registered profile. `uri` names it for ever; an alias is free to move on to a later version.
 
-    certified: as registered; reasons: why it is not, in one text.
+    sha256: the profile's digest; manifest: its folder's, empty where it was registered without one. certified: as
+    registered; reasons: why it is not, in one text. device: as in an alias. retention: macro accuracy as a share of
+    dense's on held-out pictures; worst_task_retention: the worst task's. ratio: latency to dense's. What a profile
+    does not tell is empty or None. created: in seconds since 1970.
     """
 
     name: str
@@ -55,11 +96,42 @@ class Version:
     uri: str
     certified: bool
     reasons: str
+    manifest: str = ""
+    device: str = ""
+    device_name: str = ""
+    dtype: str = ""
+    limit: str = ""
+    retention: float | None = None
+    worst_task_retention: float | None = None
+    ratio: float | None = None
+    ratio_high: float | None = None
+    latency_ms: float | None = None
+    latency_high_ms: float | None = None
+    created: float = 0.0
+    study: str = ""
+    data_digest: str = ""
+    code_version: str = ""
 
     @property
     def alias(self) -> str | None:
         """The first alias that points here, if any."""
         return self.aliases[0] if self.aliases else None
+
+    @property
+    def digest(self) -> str:
+        """What tells its files from all others'."""
+        return self.manifest or self.sha256
+
+    @classmethod
+    def of_tags(cls, tags: Mapping[str, str], **known: Any) -> Version:
+        """With what the tags of a version say."""
+        told: dict[str, Any] = {name: tags.get(name, "") for name in (*TEXTS, SHA256, MANIFEST, REASONS)}
+        told |= {name: _number(tags.get(name)) for name in NUMBERS}
+        return cls(certified=tags.get(CERTIFIED) == "true", **told, **known)
+
+
+TEXTS = ("device", "device_name", "dtype", "limit", "study", "data_digest", "code_version")
+NUMBERS = ("retention", "worst_task_retention", "ratio", "ratio_high", "latency_ms", "latency_high_ms")
 
 
 @dataclass(frozen=True)
@@ -102,64 +174,36 @@ class Known:
         return bool(self.answers_digest) and told == (model_digest, questions, dtype)
 
 
-def stage(folder: Path, profile_path: Path, evidence: Mapping[str, Path]) -> Profile:
-    """Lay the run's artifacts out in `folder`, and return the profile among them.
+def best_of(versions: Iterable[Version], max_latency_ms: float, device: str = "") -> Version:
+    """Of the certified versions whose latency keeps to the limit by its upper bound, the one that keeps most accuracy.
 
-    What is checked here is the copy that is uploaded: a file that changes in between cannot slip through.
+    device: a part of the device's name. Raises RegistryError, with what else there is, where there is none.
     """
-    Profile.load(profile_path)  # so that an error names the caller's file
-    copy = folder / PROFILE
-    copy.parent.mkdir()
-    shutil.copyfile(profile_path, copy)
-    profile = Profile.load(copy)
-    for name, source in evidence.items():
-        target = folder / "evidence" / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise RegistryError(f"evidence is named inside its folder, got {name!r}; drop the leading / or the ..")
-        if not source.exists():
-            raise RegistryError(f"evidence must exist before it is registered, got {source} for {name!r}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
-    return profile
-
-
-def certificate_tags(profile: Profile) -> dict[str, str]:
-    """The certificate, a tag for each thing it says; reasons that would be too long are cut, and say so."""
-    reasons, cut = "; ".join(profile.uncertified_because), " ... (more in the profile)"
-    if len(reasons) > MAX_TAG:
-        reasons = reasons[: MAX_TAG - len(cut)] + cut
-    tags = {CERTIFIED: "true" if profile.certified else "false", **({REASONS: reasons} if reasons else {})}
-    certificate = profile.evidence.get("certificate")
-    said = certificate.items() if isinstance(certificate, Mapping) else ()
-    flat = {f"certificate.{key}": canonical_json(value) for key, value in said if key not in (CERTIFIED, REASONS)}
-    return {**tags, **{key: text for key, text in flat.items() if len(text) <= MAX_TAG}}
-
-
-def identity_of(model: ModelIdentity) -> str:
-    """A digest, as a search condition cannot quote every name."""
-    return sha256_of(asdict(model))
-
-
-def check(path: Path, version: Version) -> Profile:
-    """The profile in a file that must be the one that `version` was registered with. Raises RegistryError."""
-    try:
-        profile = Profile.load(path)
-    except ProfileError as error:
-        raise RegistryError(f"{version.uri} is damaged, {error}; register it again") from error
-    if profile.digest != version.sha256:
+    wanted = device.lower()
+    here = [v for v in versions if wanted in v.device.lower() or wanted in v.device_name.lower()]
+    proven = [v for v in here if v.certified and v.latency_high_ms is not None]
+    able = [v for v in proven if _high(v) <= max_latency_ms]
+    if able:
+        return max(able, key=lambda v: (v.retention or 0.0, -_high(v), v.created))
+    where = f" on a device named {device!r}" if device else ""
+    if proven:
+        fastest = min(proven, key=_high)
         raise RegistryError(
-            f"{version.uri} must have SHA-256 {version.sha256 or '(none is recorded)'}, got {profile.digest}; "
-            "it was changed after it was registered, so register it again"
+            f"no certified version stays within {max_latency_ms:g} ms{where}; the fastest is {fastest.uri} with at "
+            f"most {_high(fastest):.1f} ms on {fastest.device_name}; raise the limit, or tune for a lower one"
         )
-    return profile
+    raise RegistryError(
+        f"no certified version with a latency in milliseconds is there{where}, got {len(here)} others; "
+        "autotune profiles list shows them"
+    )
 
 
-def put(source: Path, target: Path) -> None:
-    """Move a file into place in one step, also from another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
+def _high(version: Version) -> float:
+    return float("inf") if version.latency_high_ms is None else version.latency_high_ms
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:  # a tag can be changed by anyone
+        return None

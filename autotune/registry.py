@@ -1,70 +1,49 @@
 """Profiles, versioned in MLflow: what a study proved is registered once and pulled by name and alias.
 
-One study is one MLflow run with a folder `profile/` (the profile alone, what a version points to) and a folder
-`evidence/`. A version carries the profile's SHA-256 as a tag, so whoever pulls can tell that the bytes are the ones
-that were registered. Everything is plain JSON, images and tables: nothing is pickled, nothing in a pull is executed.
+One registered model is one base model and one workload. One study is one MLflow run with a folder `profile/`, which is
+what a version points to: the profile, its evidence beside it, and a manifest with the SHA-256 of every file. The
+profile's and the manifest's own digests are tags of the version, so whoever pulls can tell that the bytes are the ones
+that were registered. Certified finalists are child runs; a trial is none.
 
 Every device has two aliases: `candidate-<device>` is the version registered last, `champion-<device>` the one promoted
-last, and only a profile whose certificate says that it is certified can be promoted.
-
-This is the only file that imports MLflow, and it does so when a registry is first used: the import takes seconds.
+last, which is for `autotune.profiles` to do.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from autotune.mlflow_store import MlflowStore, version_of
 from autotune.registered import (
     ANSWERS,
-    CERTIFIED,
-    PROFILE,
-    REASONS,
+    IDENTITY,
+    MANIFEST,
+    SHA256,
+    TEXT,
+    WORKLOAD,
     Known,
+    NotRegisteredError,
+    Reference,
     RegistryError,
     Version,
-    certificate_tags,
-    check,
-    identity_of,
-    put,
-    stage,
 )
-from btp.profile import ModelIdentity, Profile
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from autotune.version_folder import PROFILE, check_file, check_folder, put, stage
+from autotune.version_tags import home_tags, identity_of, profile_tags
+from btp.profile import ModelIdentity, Profile, Workload
 
 __all__ = ["Known", "Registry", "RegistryError", "Version"]
 
-IDENTITY = "model_identity"
-SHA256 = "sha256"
-SQLITE = "sqlite:///"
+FOLDER = "profile"  # in a run's artifacts
 
 logger = logging.getLogger(__name__)
-
-# Read by MLflow when it is imported, which happens below and later. A value the user has set stays.
-MLFLOW_SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes on a server that is not there
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # refuse a long parameter instead of cutting it in silence
-}
-for _key, _value in MLFLOW_SETTINGS.items():
-    os.environ.setdefault(_key, _value)
 
 
 class Registry:
@@ -77,20 +56,18 @@ class Registry:
     def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
         """Use `sqlite:///FILE` with artifacts under `artifact_root` (default: `artifacts` beside the file), or the
         `http(s)://` address of a server, which keeps artifacts itself."""
-        local = tracking_uri.startswith(SQLITE) and tracking_uri != SQLITE
-        if not local and not tracking_uri.startswith(("http://", "https://")):
-            raise RegistryError(
-                f"a registry is sqlite:///FILE or the http(s):// address of an MLflow server, got {tracking_uri!r}; "
-                "for a local one use sqlite:///mlflow.db"
-            )
-        if artifact_root is not None and not local:
-            raise RegistryError(
-                f"a server keeps the artifacts itself, got an artifact root {artifact_root} for {tracking_uri}; "
-                "leave it out"
-            )
         self.tracking_uri = tracking_uri
-        self._database = Path(tracking_uri.removeprefix(SQLITE)) if local else None
-        self._artifact_root = artifact_root or (self._database.parent / "artifacts" if self._database else None)
+        self._store = MlflowStore(tracking_uri, artifact_root)
+
+    @property
+    def address(self) -> str:
+        """One text for one registry, wherever it is asked from; without a password."""
+        return self._store.address
+
+    @property
+    def file(self) -> Path | None:
+        """Where a local registry lies."""
+        return self._store.file
 
     def register(
         self,
@@ -102,56 +79,126 @@ class Registry:
         metrics: Mapping[str, float],
         params: Mapping[str, str],
         experiment: str,
+        finalists: Mapping[str, Mapping[str, float | str]] = MappingProxyType({}),
     ) -> Version:
         """Store a profile with its evidence as a new version of `name` and make it its device's candidate, last of all.
 
-        What the profile's certificate says becomes tags beside `tags`, the profile's model and SHA-256 with it.
-        `evidence` maps a name inside the run's `evidence/` folder to a file or folder here. The profile is checked
-        before anything is written (`ProfileError`). If any later step fails, the run and the version are deleted
-        again and the alias still points where it did; the files of a deleted run stay on disk until `mlflow gc`.
+        What the profile says becomes tags beside `tags`, the digests with it. `evidence` maps a name inside the
+        version's folder to a file or folder here, `finalists` a name to what its child run shows: numbers as metrics,
+        texts as tags. The profile is checked before anything is written (`ProfileError`), and so is that the name is
+        for its model and workload. If any later step fails, the runs and the version are deleted again and the alias
+        still points where it did; the files of a deleted run stay on disk until `mlflow gc`.
         """
-        from mlflow.entities import Metric, Param
-
-        with tempfile.TemporaryDirectory() as staging, ExitStack() as undo, self._reported(f"register {name!r}"):
-            folder = Path(staging)
-            profile = stage(folder, profile_path, evidence)
-            tags = {**tags, **certificate_tags(profile)}
-            run_id = self._client.create_run(self._experiment_id(experiment), tags=tags).info.run_id
-            undo.callback(self._client.delete_run, run_id)
-            now_ms = int(time.time() * 1000)
-            self._client.log_batch(
-                run_id,
-                metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items()],
-                params=[Param(key, value) for key, value in params.items()],
-            )
-            self._client.log_artifacts(run_id, str(folder))
-            self._client.set_terminated(run_id)
-            self._create_model(name)
-            source = f"runs:/{run_id}/{PurePosixPath(PROFILE).parent}"
-            tags = {**tags, SHA256: profile.digest, IDENTITY: identity_of(profile.model)}
-            created = self._client.create_model_version(name, source, run_id, tags=tags)
-            undo.callback(self._client.delete_model_version, name, str(created.version))
-            alias = f"candidate-{profile.device.slug}"
-            self._client.set_registered_model_alias(name, alias, str(created.version))
-            undo.pop_all()
-        return _version(created, (alias,))
-
-    def promote(self, version: Version) -> Version:
-        """Make a registered version its device's champion, and return it with that alias.
-
-        What counts is the certificate in the profile that is stored, not a tag, which anyone can change. Raises
-        RegistryError, and leaves the alias where it is, for a profile that is not certified or was changed.
-        """
-        with self._reported(f"promote {version.uri}"):
-            profile = self._profile(version)
-            if not profile.certified:
-                raise RegistryError(
-                    f"only a certified plan can be champion, but {version.uri} is not: "
-                    f"{'; '.join(profile.uncertified_because)}; mend that and register it again"
+        with tempfile.TemporaryDirectory() as staging, ExitStack() as undo:
+            profile, manifest = stage(Path(staging) / FOLDER, profile_path, evidence)
+            self.check_home(name, profile.model, profile.workload)
+            with self._store.reported(f"register {name!r}"):
+                told = {**tags, **profile_tags(profile)}
+                study = told.get("study")
+                run_id = self._store.run(
+                    experiment, undo, name=study, tags=told, metrics=metrics, params=params, files=Path(staging)
                 )
-            alias = f"champion-{profile.device.slug}"
-            self._client.set_registered_model_alias(version.name, alias, str(version.version))
-        return replace(version, aliases=(alias,))
+                self._add_finalists(experiment, undo, run_id, finalists)
+                self._store.make_model(name, home_tags(profile.model, profile.workload))
+                self.check_home(name, profile.model, profile.workload)  # another may have made it in between
+                told |= {SHA256: profile.digest, MANIFEST: manifest, IDENTITY: identity_of(profile.model)}
+                client, source = self._store.client, f"runs:/{run_id}/{FOLDER}"
+                created = client.create_model_version(name, source, run_id, tags=told)
+                undo.callback(client.delete_model_version, name, str(created.version))
+                alias = f"candidate-{profile.device.slug}"
+                client.set_registered_model_alias(name, alias, str(created.version))
+                undo.pop_all()
+        return version_of(created, (alias,))
+
+    def check_home(self, name: str, model: ModelIdentity, workload: Workload) -> None:
+        """Raise RegistryError where `name` is registered for another model or workload; a new name is free."""
+        if not self._store.exists:
+            return
+        with self._store.reported(f"look up {name!r}"):
+            try:
+                tags = self._store.model(name).tags
+            except NotRegisteredError:
+                return
+            wanted = home_tags(model, workload)
+            differing = [part for part in (IDENTITY, WORKLOAD) if tags.get(part, wanted[part]) != wanted[part]]
+            if not differing:
+                return
+        told = "; ".join(line for part in differing for line in _differences(part, tags, wanted))
+        raise RegistryError(f"{name!r} holds profiles of one model and workload, but {told}; use another --name")
+
+    def find(self, reference: str | Reference) -> Version:
+        """The version that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises NotRegisteredError."""
+        wanted = Reference.parse(reference) if isinstance(reference, str) else reference
+        if not self._store.exists:
+            raise NotRegisteredError(f"a registry must exist before one can pull from it, got {self.address}")
+        with self._store.reported(f"look up {wanted}"):
+            aliases = self._store.model(wanted.name).aliases
+            number = wanted.version
+            if wanted.alias is not None:
+                if wanted.alias not in aliases:
+                    known = ", ".join(sorted(aliases)) or "none"
+                    raise NotRegisteredError(f"{wanted.name!r} has no alias {wanted.alias!r}; it has: {known}")
+                number = int(aliases[wanted.alias])
+            assert number is not None
+            return version_of(self._store.version(wanted.name, number), _pointing(aliases, number))
+
+    def versions(self, name: str | None = None) -> list[Version]:
+        """Every version of `name`, or of every name, newest first, each with the aliases that point to it now."""
+        if name is None and not self._store.exists:
+            return []
+        with self._store.reported(f"list the versions of {name!r}" if name else "list the versions"):
+            models = self._store.models() if name is None else [self._store.model(name)]
+            aliases = {model.name: model.aliases for model in models}
+            found = self._store.search() if name is None else self._store.versions(name)
+        listed = [version_of(item, _pointing(aliases.get(item.name, {}), int(item.version))) for item in found]
+        if name is not None:
+            return sorted(listed, key=lambda version: version.version, reverse=True)
+        return sorted(listed, key=lambda version: (version.created, version.name, version.version), reverse=True)
+
+    def profile(self, version: Version) -> Profile:
+        """The profile of a version as it is stored now, checked. Raises RegistryError."""
+        with tempfile.TemporaryDirectory() as staging, self._store.reported(f"read {version.uri}"):
+            stored = self._download(version, f"{FOLDER}/{PROFILE}", staging)
+            return check_file(stored, version.sha256, version.uri)
+
+    def download(self, version: Version, folder: Path) -> Profile:
+        """The version's whole folder into one that is there already; checked, every file. Raises RegistryError."""
+        with tempfile.TemporaryDirectory(dir=folder) as staging, self._store.reported(f"download {version.uri}"):
+            wanted = FOLDER if version.manifest else f"{FOLDER}/{PROFILE}"
+            self._download(version, wanted, staging)
+            profile = check_folder(Path(staging) / FOLDER, version.sha256, version.manifest, version.uri)
+            for path in (Path(staging) / FOLDER).iterdir():
+                path.rename(folder / path.name)
+        return profile
+
+    def pull(self, name: str, alias: str, destination: Path) -> Path:
+        """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).
+
+        Every file of the version is checked; only a profile that passes is put in place, in one step.
+        """
+        version = self.find(Reference(name, alias=alias))
+        with tempfile.TemporaryDirectory() as staging:
+            self.download(version, Path(staging))
+            target = destination / PROFILE if destination.is_dir() else destination
+            put(Path(staging) / PROFILE, target)
+        return target
+
+    def home(self, name: str) -> str:
+        """Tells a registered model from another that had, or will have, the same name."""
+        with self._store.reported(f"look up {name!r}"):
+            return f"made {self._store.model(name).creation_timestamp}"
+
+    def point(self, name: str, alias: str, number: int) -> None:
+        """Have an alias point to a version, whatever its profile says. Raises NotRegisteredError."""
+        with self._store.reported(f"have {name}@{alias} point to version {number}"):
+            self._store.version(name, number)
+            self._store.client.set_registered_model_alias(name, alias, str(number))
+
+    def pointed(self, name: str, alias: str) -> int | None:
+        """The version that an alias points to now."""
+        with self._store.reported(f"look up {name}@{alias}"):
+            number = self._store.model(name).aliases.get(alias)
+        return None if number is None else int(number)
 
     def nearest(self, identity: ModelIdentity, num: int = 8) -> list[Known]:
         """The newest `num` profiles of models of this identity, of any device and name, newest first, without aliases.
@@ -160,17 +207,16 @@ class Registry:
         is not there yet knows none. One that cannot be read, or was changed since, is left out with a warning: nobody
         should be kept from tuning by it.
         """
-        if self._database is not None and not self._database.exists():
+        if not self._store.exists:
             return []
-        with self._reported("look for profiles of the same model"):
-            found = self._search(f"tags.{IDENTITY} = '{identity_of(identity)}'")
+        with self._store.reported("look for profiles of the same model"):
+            found = self._store.search(f"tags.{IDENTITY} = '{identity_of(identity)}'")
             newest = sorted(found, key=lambda item: (item.creation_timestamp, int(item.version)), reverse=True)
         known: list[Known] = []
         for item in newest:
-            version = _version(item, ())
+            version = version_of(item, ())
             try:
-                with self._reported(f"read {version.uri}"):
-                    known.append(Known(version, self._profile(version)))
+                known.append(Known(version, self.profile(version)))
             except (OSError, RegistryError) as error:
                 logger.warning("left out: %s", error)
             if len(known) == num:
@@ -182,10 +228,10 @@ class Registry:
 
         The bytes are checked against the digest in the profile, whose own the version was registered with.
         """
+        attempt = f"read the answers of {known.version.uri}"
         try:
-            with tempfile.TemporaryDirectory() as staging, self._reported(f"read the answers of {known.version.uri}"):
-                stored = f"evidence/{ANSWERS}"
-                text = Path(self._client.download_artifacts(known.version.run_id, stored, staging)).read_bytes()
+            with tempfile.TemporaryDirectory() as staging, self._store.reported(attempt):
+                text = self._download(known.version, f"{FOLDER}/{ANSWERS}", staging).read_bytes()
         except (OSError, RegistryError) as error:
             logger.warning("left out: %s", error)
             return None
@@ -194,111 +240,23 @@ class Registry:
             return None
         return json.loads(text)
 
-    def pull(self, name: str, alias: str, destination: Path) -> Path:
-        """Write the profile that `alias` points to into the file `destination` (into a folder: as `profile.json`).
+    def _download(self, version: Version, stored: str, folder: str) -> Path:
+        return Path(self._store.client.download_artifacts(version.run_id, stored, folder))
 
-        The bytes are checked against the profile's own digest and against the digest the version was registered
-        with; only a profile that passes both is put in place, in one step.
-        """
-        if self._database is not None and not self._database.exists():
-            raise RegistryError(f"a registry must exist before one can pull from it, got {self.tracking_uri}")
-        with tempfile.TemporaryDirectory() as staging, self._reported(f"pull {name}@{alias}"):
-            aliases = self._model(name).aliases
-            if alias not in aliases:
-                known = ", ".join(sorted(aliases)) or "none"
-                raise RegistryError(f"{name!r} has no alias {alias!r}; it has: {known}")
-            version = _version(self._client.get_model_version(name, str(aliases[alias])), (alias,))
-            downloaded = Path(self._client.download_artifacts(version.run_id, PROFILE, staging))
-            check(downloaded, version)
-            target = destination / "profile.json" if destination.is_dir() else destination
-            put(downloaded, target)
-        return target
-
-    def versions(self, name: str) -> list[Version]:
-        """Every version of `name`, newest first, each with the aliases that point to it now."""
-        with self._reported(f"list the versions of {name!r}"):
-            aliases: dict[int, list[str]] = {}
-            for alias, number in sorted(self._model(name).aliases.items()):
-                aliases.setdefault(int(number), []).append(alias)
-            found = self._search(f"name='{name}'")
-        listed = [_version(item, tuple(aliases.get(int(item.version), ()))) for item in found]
-        return sorted(listed, key=lambda version: version.version, reverse=True)
-
-    def _search(self, condition: str) -> list[ModelVersion]:
-        page = self._client.search_model_versions(condition)
-        found = list(page)
-        while page.token:
-            page = self._client.search_model_versions(condition, page_token=page.token)
-            found += page
-        return found
-
-    def _profile(self, version: Version) -> Profile:
-        """The profile of a version as it is stored now, checked."""
-        with tempfile.TemporaryDirectory() as staging:
-            return check(Path(self._client.download_artifacts(version.run_id, PROFILE, staging)), version)
-
-    @functools.cached_property
-    def _client(self) -> MlflowClient:
-        from mlflow import MlflowClient
-
-        if self._database is not None:
-            self._database.parent.mkdir(parents=True, exist_ok=True)
-        return MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
-
-    def _experiment_id(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            root = self._artifact_root
-            return self._client.create_experiment(name, artifact_location=root.resolve().as_uri() if root else None)
-        if found.lifecycle_stage != "active":
-            raise RegistryError(f"the experiment {name!r} was deleted in MLflow; restore it there or use another name")
-        return str(found.experiment_id)
-
-    def _model(self, name: str) -> RegisteredModel:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            known = ", ".join(sorted(model.name for model in self._client.search_registered_models())) or "none"
-            raise RegistryError(
-                f"no profile is registered as {name!r} in {self.tracking_uri}; known: {known}"
-            ) from error
-
-    def _create_model(self, name: str) -> None:
-        """Make sure the name exists. Never undone: another process may have put a version under it by then."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
-    @contextmanager
-    def _reported(self, attempt: str) -> Iterator[None]:
-        """Turn what MLflow raises into `RegistryError`."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield
-        except MlflowException as error:
-            refused = error.error_code == "INVALID_PARAMETER_VALUE"
-            way_out = "change that" if refused else "check that the registry runs and can be reached"
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise RegistryError(f"could not {attempt} in {self.tracking_uri}: {reason}; {way_out}") from error
+    def _add_finalists(
+        self, experiment: str, undo: ExitStack, parent: str, finalists: Mapping[str, Mapping[str, float | str]]
+    ) -> None:
+        for name, shown in finalists.items():
+            texts = {key: value for key, value in shown.items() if isinstance(value, str)}
+            numbers = {key: float(value) for key, value in shown.items() if not isinstance(value, str)}
+            tags = {**texts, "mlflow.parentRunId": parent}
+            self._store.run(experiment, undo, name=name, tags=tags, metrics=numbers, params={})
 
 
-def _version(item: ModelVersion, aliases: tuple[str, ...]) -> Version:
-    return Version(
-        name=item.name,
-        version=int(item.version),
-        aliases=aliases,
-        run_id=item.run_id or "",
-        sha256=item.tags.get(SHA256, ""),
-        uri=f"models:/{item.name}/{item.version}",
-        certified=item.tags.get(CERTIFIED) == "true",
-        reasons=item.tags.get(REASONS, ""),
-    )
+def _pointing(aliases: Mapping[str, Any], number: int) -> tuple[str, ...]:
+    return tuple(sorted(alias for alias, target in aliases.items() if int(target) == number))
+
+
+def _differences(part: str, tags: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    there, here = (json.loads(told.get(f"{part}{TEXT}", "{}")) for told in (tags, wanted))
+    return [f"{key} is {there.get(key)!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]]

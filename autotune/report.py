@@ -11,7 +11,7 @@ from autotune.config import Limit
 from autotune.objective import Told, front
 from btp.plan import Plan
 
-__all__ = ["Point", "write_comparison", "write_front", "write_task_scores"]
+__all__ = ["WEIGHTED", "Point", "write_comparison", "write_front", "write_task_scores"]
 
 FIXED = {
     "hand-set": "s",

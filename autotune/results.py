@@ -52,7 +52,7 @@ class Result:
             self.title,
             f"{round(self.tokens_mean, 1):g}/{self.tokens_literal}",
             f"{_short(self.image_gflops)} {self.flops_share:.0%}",
-            _interval(self.latency),
+            f"{self.latency:.2f}",
             _percent(self.macro),
             f"{self.worst_task} {100 * self.worst.value:.1f}",
             _short(self.cache_bytes / 2**20),
@@ -155,10 +155,6 @@ class Comparison:
 def _short(number: float) -> str:
     """Five characters of any number under 100000."""
     return f"{number:.3f}" if number < 10 else f"{number:.1f}" if number < 1000 else f"{number:.0f}"
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def _percent(interval: Interval, sign: str = "") -> str:

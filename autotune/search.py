@@ -107,10 +107,11 @@ class Search:
                 continue
             self._take(asked, stop)
             self._say("searching")
+        self._study.mirror.flush()
 
     def finish(self) -> None:
         """Note how the search was steered, once there is nothing more to try."""
-        self._study.sweep()
+        self._study.mirror.sweep()
         self._study.note("steering", steering(self._study.told()).reason)
 
     def _take(self, asked: Asked, stop: Callable[[], bool]) -> None:

@@ -62,6 +62,7 @@ def work(
         asked = study.ask(GRID.ranges, opened["sampler"], opened["target"])
         if asked is None:
             if study.is_done(opened["target"]):
+                study.mirror.flush()
                 return len(times), times
             time.sleep(IDLE_S)
             continue

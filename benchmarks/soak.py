@@ -32,10 +32,11 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config import JobConfig, Limit
+from autotune.mirror import TOKEN
 from autotune.objective import Told
 from autotune.store import Database, Lease, Leases
 from autotune.store.leases import MAX_ATTEMPTS
-from autotune.study import TOKEN, Study
+from autotune.study import Study
 from autotune.worker import MAX_DEATHS, LocalPool
 from benchmarks.machine import ROOT
 from benchmarks.postgresql import own_server
@@ -121,8 +122,7 @@ def disturbed(
         pool(study, _config(storage, name, trials), lambda what: None)
     finally:
         killer.stop()
-    study.settle()
-    study.sweep()
+    study.mirror.sweep()
     return killer.killed
 
 

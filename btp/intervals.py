@@ -27,6 +27,10 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """ "value [low, high]", each number by the format; the whole as it is for none."""
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else str(self)
+
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0

@@ -5,16 +5,12 @@ right after it, so that a device that warms up or slows down favours neither. Bl
 enough to tell what else the device did; a window in which it did something else is thrown away and run again.
 """
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from btp.capture import CaptureError
@@ -22,6 +18,7 @@ from btp.device_lock import device_lock
 from btp.device_state import MIN_WATCH_S, DeviceState, Watch, watch
 from btp.errors import BusyDeviceError, PlanError
 from btp.families import anatomy_of
+from btp.fitting import device_here, kernel_here
 from btp.graphs import GraphedPrefill
 from btp.intervals import Interval, ratio_interval, repetition_interval, theil_sen_slope
 from btp.plan import Plan
@@ -242,37 +239,11 @@ def _milliseconds(run: Run, metric: Metric) -> float:
 def device_key(model: nn.Module, inputs: Mapping[str, Any]) -> DeviceKey:
     """Where and on what workload `measure(model, inputs, ...)` measures."""
     anatomy = anatomy_of(model)
-    parameter = next(model.parameters())
     input_ids_BS = inputs["input_ids"]
-    on_gpu = parameter.device.type == "cuda"
     return DeviceKey(
-        name=torch.cuda.get_device_name(parameter.device) if on_gpu else _cpu_name(),
-        driver=_driver_version() if on_gpu else "none",
-        cuda=(torch.version.cuda or "none") if on_gpu else "none",
-        torch=str(torch.__version__),
-        transformers=version("transformers"),
-        attention=anatomy.attention_kernel,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        threads=0 if on_gpu else torch.get_num_threads(),
+        **device_here(anatomy),
+        **kernel_here(anatomy),
         batch_size=input_ids_BS.shape[0],
         prompt_tokens=input_ids_BS.shape[1],
         image_tokens=int(anatomy.image_mask({"input_ids": input_ids_BS[:1]}).sum()),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
-
-
-def _driver_version() -> str:
-    try:
-        line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except OSError:
-        return "unknown"
-    return next((word for word in line.split() if word[0].isdigit() and "." in word), "unknown")

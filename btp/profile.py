@@ -15,7 +15,7 @@ from btp.errors import PlanError, ProfileError
 from btp.plan import Plan
 from btp.sealed import SCHEMA_VERSION, read_object, seal, verify
 
-__all__ = ["DeviceKey", "ModelIdentity", "Profile", "Workload"]
+__all__ = ["DeviceKey", "ModelIdentity", "Profile", "Workload", "differences"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,14 +132,16 @@ class Profile:
 
     def check_fits(self, identity: ModelIdentity) -> None:
         """Raise ProfileError unless the profile was made for a model of this identity."""
-        wanted, actual = asdict(self.model), asdict(identity)
-        names = [name for name in wanted if wanted[name] != actual[name]]
-        differing = [f"{name} {wanted[name]!r}, got {actual[name]!r}" for name in names]
-        if differing:
+        if differing := differences(asdict(self.model), asdict(identity)):
             raise ProfileError(
-                f"the profile must be applied to the model it was made for: it wants {'; '.join(differing)}; "
+                f"the profile must be applied to the model it was made for, which has {'; '.join(differing)}; "
                 "load that model, or tune a profile for this one"
             )
+
+
+def differences(wanted: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In words, everything in `here` that is otherwise in `wanted`: "torch 2.11.0, here 2.13.0"."""
+    return [f"{name} {wanted[name]}, here {value}" for name, value in here.items() if wanted[name] != value]
 
 
 _Record = TypeVar("_Record", ModelIdentity, Workload, DeviceKey)

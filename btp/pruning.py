@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,23 +18,31 @@ from torch import Tensor, nn
 from btp.anatomy import Anatomy
 from btp.decode import Decode, attach_layout, layout_of
 from btp.encoding import Notes, notes_of, noting
-from btp.errors import PlanError, RealizationError
+from btp.errors import BTPError, PlanError, RealizationError
 from btp.families import anatomy_of
+from btp.fitting import check_fit
 from btp.plan import Plan
 from btp.prefill import CacheLayout, Prefill, Trace, check_promises
 from btp.profile import Profile
+from btp.sealed import read_object
 from btp.selection import SELECTORS
 
 __all__ = ["Trace", "is_pruned", "prune"]
 
+RESOLVERS = "btp.resolvers"
+"""The group of entry points that turn a reference into a profile, by its scheme."""
 _PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models inside a `with prune`
 
 
 @contextmanager
-def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
+def prune(model: nn.Module, plan: Plan | Profile | Path | str, *, allow_device: bool = False) -> Iterator[Trace]:
     """Run `model` by `plan` inside the `with`; the trace tells what the latest prefill kept.
 
-    A profile is applied only to a model of the identity it was made for (ProfileError otherwise); a bare plan to any.
+    plan: also the path of a file with a plan or a profile, or a reference such as models:/NAME@ALIAS, which is for
+    whoever is installed to resolve it. A bare plan is applied to any model. A profile must fit, or ProfileError tells
+    every difference: the model's identity, its dtype and attention kernel, and the device with its software, on which
+    alone the profile's latency holds. allow_device makes a warning of the last. The rest of the workload, batch and
+    prompt, is not known here and not checked.
 
     The logits of a pruned prefill cover the surviving tokens only, in order; the last one is the last prompt token's,
     so `generate` and `logits_to_keep=1` work as ever. Decode inside the same `with`, on the cache the prefill
@@ -43,8 +53,9 @@ def prune(model: nn.Module, plan: Plan | Profile) -> Iterator[Trace]:
     cannot be pruned (labels, static caches, unequal image counts in a batch) or did not do what the plan says.
     """
     anatomy = anatomy_of(model)
+    plan = _loaded(plan)
     if isinstance(plan, Profile):
-        plan.check_fits(anatomy.identity)
+        check_fit(plan, anatomy, allow_device)
         plan = plan.plan
     _check_plan(plan, anatomy)
     if anatomy.multimodal in _PRUNED:
@@ -66,11 +77,34 @@ def is_pruned(model: nn.Module) -> bool:
     return anatomy_of(model).multimodal in _PRUNED
 
 
+def _loaded(plan: Plan | Profile | Path | str) -> Plan | Profile:
+    """What a path or a reference stands for; anything else as it is."""
+    if not isinstance(plan, str | Path):
+        return plan
+    scheme, found, _ = str(plan).partition(":/")
+    if found and scheme == "models":
+        return _resolved(str(plan), scheme)
+    return Profile.load(plan) if "schema_version" in read_object(plan) else Plan.load(plan)
+
+
+def _resolved(reference: str, scheme: str) -> Plan | Profile:
+    try:
+        for point in entry_points(group=RESOLVERS, name=scheme):
+            found: Plan | Profile = point.load()(reference)
+            return found
+    except ModuleNotFoundError as error:
+        missing: str | None = str(error)
+    else:
+        missing = None
+    raise BTPError(
+        f"{reference} takes something to resolve it, but {missing or 'nothing is installed that does'}; "
+        "pip install 'btp-autotune[registry]', or pass a profile's path"
+    )
+
+
 def _check_plan(plan: Plan, anatomy: Anatomy) -> None:
     if not isinstance(plan, Plan):
-        raise PlanError(
-            f"plan must be a btp.Plan or a btp.Profile, got {type(plan).__name__}; load a file with either's load"
-        )
+        raise PlanError(f"plan must be a btp.Plan, a btp.Profile, a path or a reference, got {type(plan).__name__}")
     for stage in plan.stages:
         if stage.layer >= len(anatomy.layers):
             raise PlanError(

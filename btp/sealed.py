@@ -7,7 +7,7 @@ from typing import Any
 
 from btp.errors import ProfileError
 
-__all__ = ["SCHEMA_VERSION", "canonical_json", "read_object", "seal", "sha256_of", "verify"]
+__all__ = ["SCHEMA_VERSION", "canonical_json", "parse_object", "read_object", "seal", "sha256_of", "verify"]
 
 SCHEMA_VERSION = 1
 _SEAL = "sha256"
@@ -31,10 +31,16 @@ def seal(data: dict[str, Any]) -> dict[str, Any]:
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ProfileError when there is none."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_object(Path(path).read_bytes(), path)
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+
+
+def parse_object(text: bytes, path: str | Path) -> dict[str, Any]:
+    """As `read_object`, of what was read already. path: where it came from, for the error."""
+    try:
+        data = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise ProfileError(
             f"{path}: must be JSON, but parsing stops with '{error}'; the file is cut or altered, fetch it again"
         ) from error

@@ -25,6 +25,7 @@ import yaml
 from psycopg import sql
 
 from autotune import reference
+from autotune.client import Client, ServiceError
 from autotune.registry import Registry
 from btp.profile import Profile
 
@@ -165,26 +166,37 @@ def host(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str], so
     for name in ("artifacts", "data", "input", "locks", "tmp"):
         (folder / name).mkdir()
     hand_in(folder / "input")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    servers = {"mlflow:5000": f"127.0.0.1:{port}", "5000": str(port), "0.0.0.0": "127.0.0.1"}
+    servers = {"0.0.0.0": "127.0.0.1"}
+    with socket.socket() as first, socket.socket() as second:
+        for usual, free in ((5000, first), (8000, second)):
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            for place in (f"mlflow:{usual}", f"localhost:{usual}", f"127.0.0.1:{usual}"):
+                servers[place] = f"127.0.0.1:{port}"
+            servers[f"port={usual}"] = f"port={port}"
     databases = {f"@postgres/{name}": f"@/{name}?host={sockets}" for name in ("mlflow", "autotune")}
     return Host(variables, folder, {**databases, **servers})
 
 
-@pytest.fixture(scope="module")
-def registry(host: Host) -> Iterator[str]:
-    """Address of the MLflow server, once its health check passes."""
-    _, *check = map(host.here, SERVICES["mlflow"]["healthcheck"]["test"])
-    environment = host.environment("mlflow")
-    with host.running("mlflow") as server:
+@contextmanager
+def healthy(host: Host, service: str) -> Iterator[None]:
+    """The service, once its health check passes."""
+    _, *check = map(host.here, SERVICES[service]["healthcheck"]["test"])
+    environment = host.environment(service)
+    with host.running(service) as server:
 
-        def healthy() -> bool:
-            assert server.poll() is None, host.said("mlflow")
+        def passes() -> bool:
+            assert server.poll() is None, host.said(service)
             return subprocess.run(check, env=environment, capture_output=True, check=False).returncode == 0
 
-        until(healthy, 150)
+        until(passes, 150)
+        yield
+
+
+@pytest.fixture(scope="module")
+def registry(host: Host) -> Iterator[str]:
+    """Address of the MLflow server."""
+    with healthy(host, "mlflow"):
         yield host.here("http://mlflow:5000")
 
 
@@ -260,6 +272,27 @@ def test_the_registry_hands_out_what_the_study_found(
     pulled = there.pull(name, alias, tmp_path / "profile.json")
     assert Profile.load(pulled).digest == Profile.load(host.folder / "data" / "study" / "profile.json").digest
     assert [path.name for path in (host.folder / "artifacts").rglob("profile.json")] == ["profile.json"]
+
+
+def test_a_job_handed_in_over_http_goes_on_with_the_same_study(host: Host, finished: dict[str, Any]) -> None:
+    with host.running("api", "keys", "create", "me", "--scopes=read,submit") as made:
+        assert made.wait(timeout=60) == 0, host.said("api")
+    key = host.printed("api").strip()
+    settings = {"limit": "prefill_p50<=0.9x", "trials": NUM_TRIALS, "repeats": 6, "finalists": 1}
+    with healthy(host, "api"), Client(host.here("http://127.0.0.1:8000"), key) as client, host.running("jobs"):
+        job = client.submit(model="model", data="questions.jsonl", **settings)
+        job = client.wait(job.id, timeout_s=200)
+        assert job.state == "succeeded", job.reason
+        assert job.study == finished["study"]
+        assert (job.outcome or {})["num_trials"] == NUM_TRIALS
+        (study,) = client.studies()
+        assert (study.name, study.num_told, study.is_open) == (finished["study"], NUM_TRIALS, False)
+        newest, first = client.profiles("model")
+        assert (first.uri, newest.uri) == (finished["version"], (job.outcome or {})["version"])
+        profile = client.profile("model", newest.aliases[0])
+        assert profile.digest == newest.sha256
+        with pytest.raises(ServiceError, match="promote"):
+            client.promote("model", newest.version, why="it is new")
 
 
 def test_the_registry_refuses_a_foreign_host(registry: str) -> None:

@@ -56,6 +56,7 @@ def test_base_install_is_torch_transformers_and_what_torch_brings_along() -> Non
     [
         ("optuna", "tune"),
         ("mlflow", "tune"),
+        ("mlflow-skinny", "registry"),
         ("sqlalchemy", "tune"),
         ("pillow", "tune"),
         ("ray", "ray"),

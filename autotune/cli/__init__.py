@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from autotune.cli import tuning
+from autotune.cli import profile_files, profiles, promotions, service, tuning
 
 __all__ = ["app", "main"]
 
@@ -15,6 +15,11 @@ app = typer.Typer(
     help="Find, prove and hand out image-token pruning plans for vision-language models.",
 )
 app.add_typer(tuning.app)
+app.add_typer(service.app)
+registered = typer.Typer(no_args_is_help=True, help="Registered profiles: find, fetch, check, compare, promote them.")
+for module in (profiles, profile_files, promotions):
+    registered.add_typer(module.app)
+app.add_typer(registered, name="profiles")
 
 
 def main() -> None:

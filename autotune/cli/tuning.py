@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -37,6 +36,8 @@ from autotune.cli.options import (
     TrialsOption,
     WorkersOption,
 )
+from autotune.cli.progress import Kind, ProgressOption, UntilOption, end_with_parent, showing
+from autotune.cli.service import HomeOption, ModelsOption, run_jobs
 from autotune.config import STORAGE, AutotuneError, CompareConfig, JobConfig, Limit
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ def demo(
     num_finalists: FinalistsOption = 4,
     learn: LearnOption = False,
     fresh: FreshOption = False,
+    name: Annotated[str, typer.Option(help="Name of the registered model.")] = "reference-vlm",
+    device: DeviceOption = "cpu",
     storage: StorageOption = None,
+    registry: RegistryOption = None,
+    progress: ProgressOption = "bar",
     as_json: JsonOption = False,
+    until_stdin_closes: UntilOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Tune the reference VLM on its own questions: the whole job on two cores in minutes."""
@@ -73,22 +79,25 @@ def demo(
             data=None,
             limit=Limit.parse(limit),
             out=out,
-            name="reference-vlm",
+            name=name,
             num_trials=trials,
             seed=seed,
             space=_default_space(),
             repeats=repeats,
             threads=threads,
-            answerers=CORES,
+            answerers=CORES if device == "cpu" else 1,
             fresh=fresh,
             storage=storage,
+            tracking_uri=registry,
+            device=device,
             sampler=sampler,
             guard=_guard(guard),
             margin=margin,
             num_finalists=num_finalists,
             learn=learn,
         )
-        _run_job(config, as_json, _pool(workers, CORES))
+        pool = _pool(workers, CORES if device == "cpu" else workers)
+        _run_job(config, pool, progress, as_json, until_stdin_closes)
 
 
 @app.command()
@@ -116,7 +125,9 @@ def tune(
     device: DeviceOption = "cpu",
     storage: StorageOption = None,
     registry: RegistryOption = None,
+    progress: ProgressOption = "bar",
     as_json: JsonOption = False,
+    until_stdin_closes: UntilOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Tune your own model on your own questions."""
@@ -144,35 +155,55 @@ def tune(
             learn=learn,
             plans=tuple(plan or ()),
         )
-        _run_job(config, as_json, _pool(workers, CORES if device == "cpu" else workers, ray, gpus_per_worker))
+        pool = _pool(workers, CORES if device == "cpu" else workers, ray, gpus_per_worker)
+        _run_job(config, pool, progress, as_json, until_stdin_closes)
 
 
 @app.command()
 def worker(
-    study: Annotated[str, typer.Option(help="Name of the study, as autotune tune prints it.")],
-    storage: Annotated[str, typer.Option(envvar=STORAGE, help="Database of the study; best through the variable.")],
+    study: Annotated[str, typer.Option(help="Name of the study, as autotune tune prints it.")] = "",
+    storage: StorageOption = None,
     model: Annotated[str | None, typer.Option(help="Where the model lies here, if elsewhere than there.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where the questions lie here, if elsewhere than there.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where the questions lie here, if elsewhere than there; of --jobs, the folder of all data."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="torch device here, if another than there.")] = None,
     answerers: Annotated[
         int, typer.Option(min=0, help="Processes that answer questions, one thread each; 0: every core.")
     ] = 0,
-    until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
+    jobs: Annotated[bool, typer.Option("--jobs", help="Run the jobs that autotune serve takes.")] = False,
+    home: HomeOption = Path("runs/service"),
+    models: ModelsOption = None,
+    registry: RegistryOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Of --jobs: end when nothing waits.")] = False,
+    until_stdin_closes: UntilOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Try trials of a running study, on any host, until it has them all; Ctrl-C hands the current one back."""
+    """Try trials of a running study, or run jobs, on any host; Ctrl-C hands the current one back."""
     with errors(debug):
-        from autotune import stopping
-        from autotune import worker as workers
+        if jobs == bool(study):
+            raise AutotuneError("autotune worker takes --study NAME to try its trials, or --jobs, got both or neither")
+        if jobs:
+            run_jobs(home, models, data, storage, registry, once, until_stdin_closes)
+        else:
+            here = {"model": model, "data": data, "device": device, "answerers": answerers or CORES}
+            _try_trials(study, storage, here, until_stdin_closes)
 
-        here = workers.Overrides(model=model, data=data, device=device, answerers=answerers or CORES)
-        with stopping.stopping(with_parent=until_stdin_closes) as stop:
-            try:
-                told = workers.serve(storage, study, here, stop, stderr.print)
-            except stopping.StoppedError:
-                stderr.print("stopped; what it was at is handed back")
-                return
-        stderr.print(f"done: {told} trials told by this worker")
+
+def _try_trials(study: str, storage: str | None, here: dict[str, Any], until_stdin_closes: bool) -> None:
+    from autotune import stopping
+    from autotune import worker as workers
+
+    if storage is None:
+        raise AutotuneError(f"--storage must be the database of the study, best through {STORAGE}, got none")
+    with stopping.stopping(with_parent=until_stdin_closes) as stop:
+        try:
+            told = workers.serve(storage, study, workers.Overrides(**here), stop, stderr.print)
+        except stopping.StoppedError:
+            stderr.print("stopped; what it was at is handed back")
+            return
+    stderr.print(f"done: {told} trials told by this worker")
 
 
 @app.command()
@@ -281,32 +312,14 @@ def measure(
     with errors(debug):
         from autotune.bench import measure_file
 
-        bound = Limit.parse(limit)
-        ratio, dense_ms, met = measure_file(profile, model, data, bound, threads, repeats, device)
+        found = measure_file(profile, model, data, Limit.parse(limit), threads, repeats, device)
         if as_json:
-            print(json.dumps({"ratio": asdict(ratio), "dense_ms": dense_ms, "limit": str(bound), "met": met}))
+            print(json.dumps(found.to_dict()))
         else:
-            word = "meets" if met else "misses"
-            print(f"{ratio.value:.3f}x of dense [{ratio.low:.3f}, {ratio.high:.3f}], {dense_ms:.1f} ms: {word} {bound}")
-    if not met:
+            word = "meets" if found.met else "misses"
+            print(f"{found.ms:.1f} ms, {found.ratio:.3f} of dense's {found.dense_ms:.1f} ms: {word} {found.limit}")
+    if not found.met:
         raise typer.Exit(1)
-
-
-@app.command()
-def pull(
-    reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS")],
-    to: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("profile.json"),
-    registry: Annotated[str, typer.Option(help="MLflow address.")] = "sqlite:///runs/demo/mlflow.db",
-    debug: DebugOption = False,
-) -> None:
-    """Fetch a registered profile by alias, checked by its digest."""
-    with errors(debug):
-        from autotune.registry import Registry
-
-        name, at, alias = reference.removeprefix("models:/").partition("@")
-        if not (at and name and alias):
-            raise AutotuneError(f"a reference reads models:/NAME@ALIAS, got {reference!r}")
-        print(Registry(registry).pull(name, alias, to))
 
 
 def _check_pair(model: str, data: Path | None) -> None:
@@ -339,25 +352,18 @@ def _pool(num_workers: int, cores: int, ray: str = "", gpus: float = 0.0) -> Poo
     return LocalPool(num_workers, cores)
 
 
-def _run_job(config: JobConfig, as_json: bool, pool: Pool | None) -> None:
+def _run_job(config: JobConfig, pool: Pool | None, kind: Kind, as_json: bool, until_stdin_closes: bool) -> None:
     from autotune import data, delivery, job
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whatever is being tried is handed back
-    with bar() as progress:
-        line = progress.add_task("reading the data", total=config.num_trials + job.STEPS_AFTER, told="")
-
-        def show(what: str, num_told: int, steps: int, best: float | None) -> None:
-            told = f"{num_told}/{config.num_trials} trials, best {'-' if best is None else f'{best:.3f}'}"
-            progress.update(line, description=what, completed=steps, told=told)
-
-        def opened(study: str) -> None:
-            if not as_json:
-                progress.console.print(f"study {study}; others may join: autotune worker --study {study}", markup=False)
-
-        outcome = job.run(config, data.load_splits(config.data), show, pool, opened)
+    if until_stdin_closes:
+        end_with_parent()
+    with showing(kind, config.num_trials, config.num_trials + job.STEPS_AFTER, quiet=as_json) as shown:
+        outcome = job.run(config, data.load_splits(config.data), shown.step, pool, shown.opened)
+        shown.over(outcome.to_dict())
     if as_json:
         print(json.dumps(outcome.to_dict()))
-    else:
+    elif kind != "jsonl":
         rows = [row.cells() for row in outcome.rows]
         print_tables([Table(title=outcome.title)], delivery.HEADINGS, [rows], outcome.lines(), 120)
     if not (outcome.met and outcome.reproduced):

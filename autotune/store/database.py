@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import tenacity
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool
 
 from autotune.config import AutotuneError, check_sqlite
 
@@ -26,7 +28,7 @@ PATIENCE_S = 300.0  # how long a database may be away in the middle of a study
 FIRST_PATIENCE_S = 10.0  # and at first, when the address may be wrong
 SQLITE_WAIT_S = 60.0  # for another process's transaction
 MIGRATIONS = Path(__file__).parent / "migrations"
-MIGRATION_LOCK = 0x6274705F6174  # any number, the same for everybody: "btp_at"
+TABLES = "tables"  # the lock of whoever makes some
 FULL = ("database or disk is full", "No space left on device", "could not extend file")
 
 Result = TypeVar("Result")
@@ -110,18 +112,27 @@ class Database:
         return self._patiently(work, self._patience_s)
 
     @contextmanager
-    def setting_up(self, engine: Engine | None = None) -> Iterator[None]:
+    def locked(self, key: str) -> Iterator[None]:
+        """One process at a time inside, of all that name this key; one that dies lets go of it."""
+        _ = self.engine  # the folder of an SQLite file is there then
+        with self._patiently(functools.partial(self._lock, key), self._patience_s):
+            yield
+
+    def setting_up(self) -> AbstractContextManager[None]:
         """One process at a time makes tables, whoever else starts at the same moment."""
+        return self.locked(TABLES)
+
+    def _lock(self, key: str) -> AbstractContextManager[Any]:
+        """Wait for the lock; what this returns lets go of it. Not of the pool: all its connections may be waiting."""
+        digest = hashlib.sha256(key.encode()).digest()
         if self.file is not None:
-            with FileLock(f"{self.file}.lock", mode=0o666):
-                yield
-            return
-        with (engine or self.engine).connect() as connection:  # the lock falls with it
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
-            try:
-                yield
-            finally:
-                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": MIGRATION_LOCK})
+            return FileLock(f"{self.file}.{digest.hex()[:16]}.lock", mode=0o666).acquire()
+        with ExitStack() as stack:
+            engine = create_engine(self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+            connection = stack.enter_context(engine.connect())
+            number = int.from_bytes(digest[:8], "big") >> 1
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": number})
+            return stack.pop_all()  # the lock falls with the connection
 
     def _set_up(self, engine: Engine) -> None:
         from alembic import command
@@ -129,7 +140,7 @@ class Database:
 
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        with self.setting_up(engine), engine.begin() as connection:
+        with self._lock(TABLES), engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 

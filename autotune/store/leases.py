@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Insert, RowMapping, and_, case, delete, func, insert, select, true, update
+from sqlalchemy import Connection, Insert, RowMapping, and_, case, delete, func, insert, or_, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from autotune.store.database import Database
@@ -55,6 +55,11 @@ class Lease:
     worker: str | None
     reason: str | None
     settled: bool
+
+    @property
+    def title(self) -> str:
+        """The fixed plan's name, or what a draw is called."""
+        return self.name or f"trial {self.number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +186,15 @@ class Leases:
 
         self._database.run(act)
 
-    def started(self, held: Lease, trial_id: int, work: Mapping[str, Any]) -> None:
-        """Note what is tried, and as which Optuna trial. Raises LeaseLostError."""
-        self._extended(held, trial_id=trial_id, work=dict(work))
+    def started(self, held: Lease, work: Mapping[str, Any]) -> None:
+        """Note what is tried. Raises LeaseLostError."""
+        self._extended(held, work=dict(work))
+
+    def mirrored(self, token: int, trial_id: int) -> bool:
+        """Note the attempt's Optuna trial; false where it has another one."""
+        free = or_(lease.c.trial_id.is_(None), lease.c.trial_id == trial_id)
+        noted = update(lease).where(lease.c.token == token, free).values(trial_id=trial_id)
+        return self._database.run(lambda connection: connection.execute(noted).rowcount) > 0
 
     def beat(self, held: Lease) -> None:
         """A sign of life: the lease lasts `seconds` from now. Raises LeaseLostError."""

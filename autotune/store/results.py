@@ -12,9 +12,9 @@ from sqlalchemy.exc import IntegrityError
 
 from autotune.scores import Scores
 from autotune.store.database import Database
-from autotune.store.tables import Now, device, kept, latency_block, promotion, sample_result
+from autotune.store.tables import Now, device, kept, latency_block, sample_result
 
-__all__ = ["Results", "note_promotion"]
+__all__ = ["Results"]
 
 
 class Results:
@@ -118,13 +118,3 @@ def _scores(value: Any, rows: Sequence[Any]) -> Scores:
     answers, scores, kl, nll = zip(*rows, strict=True) if rows else ((), (), (), ())
     realised = tuple((tuple(counts), num) for counts, num in value["realised"])
     return Scores(answers=answers, scores=scores, realised=realised, kl=kl, nll=nll)
-
-
-def note_promotion(
-    database: Database, *, registry: str, name: str, alias: str, before: int | None, after: int, who: str, why: str
-) -> None:
-    """Log that an alias was moved from one version to another."""
-    values = {"registry": registry, "name": name, "alias": alias, "who": who, "why": why, "promoted": Now()}
-    values |= {"kind": "promote", "applied": True}
-    row = insert(promotion).values(from_version=before, to_version=after, **values)
-    database.run(lambda connection: connection.execute(row))

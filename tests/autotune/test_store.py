@@ -27,7 +27,6 @@ from autotune.store import (
     Leases,
     Results,
     StoreError,
-    note_promotion,
     this_worker,
 )
 from autotune.store.tables import metadata
@@ -122,7 +121,7 @@ def test_a_lease_that_ran_out_goes_to_another_and_what_comes_late_is_for_the_aud
     study = leases(storage)
     slow = study.claim("slow", 1)
     assert slow is not None
-    study.started(slow, 11, {"x": 1})
+    study.started(slow, {"x": 1})
     assert study.claim("quick", 1) is None
     run_out(storage)
     again = study.claim("quick", 1)
@@ -260,7 +259,7 @@ def test_draws_are_found_by_state_once_they_are_made(storage: str) -> None:
     study.enqueue("fixed", {"p": 1})
     claimed = [each for each in (study.claim("w", 5) for _ in range(5)) if each is not None]
     for each in claimed[:4]:
-        study.started(each, each.number, {"x": each.number})
+        study.started(each, {"x": each.number})
     _, told, failed, _, _ = claimed
     study.tell(told, {}, "")
     study.fail(failed, "broken")
@@ -316,16 +315,14 @@ def test_of_two_who_compute_the_same_the_first_counts(storage: str) -> None:
     assert second.once("value", slow) == {"by": 1}
 
 
-def test_pairs_are_noted_by_device_and_promotions_are_logged(storage: str) -> None:
+def test_pairs_are_noted_by_device(storage: str) -> None:
     database = Database(storage)
     results = Results(database, "scope")
     for key in ({"gpu": "a"}, {"gpu": "a"}, {"gpu": "b"}):
         results.measured(key, "plan", "prefill_p50<=1x", [1.0, 2.0], [0.5, 0.75])
-    note_promotion(database, registry="r", name="m", alias="champion", before=None, after=2, who="me", why="certified")
     with looked_into(storage) as connection:
         blocks = connection.execute(text("SELECT device, plan FROM latency_block ORDER BY id")).all()
         assert [tuple(block) for block in blocks] == [(1, "plan"), (1, "plan"), (2, "plan")]
-        assert connection.execute(text("SELECT to_version, who FROM promotion")).one() == (2, "me")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def step(study, sampler="tpe", **changes):
     draw, plan = (None, asked.work) if fixed else (asked.work, None)
     finished = told(asked.number, draw, plan, asked.name, **changes)
     study.tell(asked, finished)
+    study.mirror.flush()
     return finished
 
 
@@ -127,7 +128,9 @@ def test_the_trials_of_a_dead_worker_are_asked_again_with_their_parameters(tmp_p
     def ask_twice(pipe):
         study = study_in(tmp_path / "study.db")
         study.enqueue("hand-set", HAND_SET)
-        pipe.send([ask(study) for _ in range(2)])
+        asked = [ask(study) for _ in range(2)]
+        study.mirror.flush()
+        pipe.send(asked)
         os.kill(os.getpid(), signal.SIGKILL)
 
     context = multiprocessing.get_context("fork")
@@ -144,6 +147,7 @@ def test_the_trials_of_a_dead_worker_are_asked_again_with_their_parameters(tmp_p
     assert [each.number for each in retried] == [each.number for each in asked]  # nobody has overtaken them
     assert [each.lease.retry_of for each in retried] == [each.lease.token for each in asked]
     assert again.num_done == 0
+    again.mirror.flush()
     trials = stored(tmp_path).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 2
     assert [t.params for t in trials[:2]] == [t.params for t in trials[2:]]

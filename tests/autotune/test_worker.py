@@ -169,7 +169,7 @@ def test_workers_may_share_a_proxy_to_optunas_tables(storage: str, monkeypatch: 
     finally:
         proxy.terminate()
         proxy.wait(10)
-    trials = optuna.load_study(study_name="study", storage=study._storage).trials
+    trials = optuna.load_study(study_name="study", storage=study.mirror.storage).trials
     assert [t.values for t in trials] == [[t.merit, t.ratio] for t in study.told()]
     monkeypatch.setenv(OPTUNA_PROXY, "nowhere")
     with pytest.raises(AutotuneError, match="must be HOST:PORT"):

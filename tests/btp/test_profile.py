@@ -102,7 +102,7 @@ def test_evidence_must_be_json():
 def test_profiles_fit_their_model_only():
     PROFILE.check_fits(PROFILE.model)
     other = dataclasses.replace(PROFILE.model, num_layers=40, hidden_size=5120)
-    with pytest.raises(ProfileError, match="num_layers 32, got 40; hidden_size 4096, got 5120"):
+    with pytest.raises(ProfileError, match="num_layers 32, here 40; hidden_size 4096, here 5120"):
         PROFILE.check_fits(other)
 
 

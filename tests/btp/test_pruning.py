@@ -287,8 +287,8 @@ class TestRefusals:
 
     def test_no_plan(self, llava):
         with (
-            pytest.raises(PlanError, match=r"must be a btp\.Plan or a btp\.Profile, got str"),
-            prune(llava(), "profile.json"),
+            pytest.raises(PlanError, match=r"must be a btp\.Plan, a btp\.Profile, a path or a reference, got dict"),
+            prune(llava(), {"stages": []}),
         ):
             pass
 

@@ -1,0 +1,210 @@
+"""Registered profiles from the command line: what there is, what is in one, and how two differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autotune.cli.console import errors, plain, print_tables
+from autotune.cli.options import DebugOption, JsonOption
+
+if TYPE_CHECKING:
+    from autotune.profile_cache import Pulled
+    from autotune.registered import Version
+    from autotune.registry import Registry
+    from btp.profile import Profile
+
+__all__ = ["OfflineOption", "ReferenceArgument", "RegistryAddress", "app", "pulled", "registry_at", "say"]
+
+app = typer.Typer()
+
+DEMO = "sqlite:///runs/demo/mlflow.db"
+WIDTH = 100
+RegistryAddress = Annotated[
+    str, typer.Option("--registry", envvar="MLFLOW_TRACKING_URI", help="MLflow address: sqlite:///FILE or a server's.")
+]
+ReferenceArgument = Annotated[
+    str, typer.Argument(metavar="REF", help="NAME@ALIAS or NAME/VERSION, with models:/ before it or not.")
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Connect to nothing: take what the cache has.")]
+HERE = Annotated[str, typer.Option("--device", help="Part of a device's name, such as h200.")]
+HEADINGS = ("version", "aliases", "device", "certified", "limit", "retention", "worst task", "ratio", "ms", "created")
+
+
+@app.command("list")
+def list_versions(
+    name: Annotated[str | None, typer.Argument(help="Of this name only.")] = None,
+    device: HERE = "",
+    registry: RegistryAddress = DEMO,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List registered versions, newest first: device, certificate, limit, accuracy kept, latency."""
+    with errors(debug):
+        versions = registry_at(registry).versions(name)
+        found = [v for v in versions if device.lower() in f"{v.device} {v.device_name}".lower()]
+        if as_json:
+            print(json.dumps([asdict(version) for version in found]))
+        elif found:
+            print_tables([plain("")], HEADINGS, [[_cells(version) for version in found]], [], WIDTH)
+        else:
+            say("no version is registered there" + (f" for a device named {device!r}" if device else ""))
+
+
+@app.command()
+def best(
+    max_latency_ms: Annotated[float, typer.Option(min=0.0, help="What its upper bound must keep to.")],
+    device: HERE = "",
+    name: Annotated[str | None, typer.Option(help="Of this name only.")] = None,
+    registry: RegistryAddress = DEMO,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer which certified version to use: the one that keeps most accuracy within a latency."""
+    with errors(debug):
+        from autotune.registered import best_of
+
+        versions = registry_at(registry).versions(name)
+        found = best_of(versions, max_latency_ms, device)
+        if as_json:
+            print(json.dumps(asdict(found)))
+            return
+        others = [v for v in versions if v.certified and v.latency_high_ms is not None and v != found]
+        print_tables([plain("")], HEADINGS, [[_cells(found)]], [], WIDTH)
+        say(f"use {found.uri}" + (f"; other certified ones: {', '.join(v.uri for v in others)}" if others else ""))
+
+
+@app.command()
+def show(
+    reference: ReferenceArgument,
+    registry: RegistryAddress = DEMO,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show one version: plan, model, workload, device, certificate and evidence."""
+    with errors(debug):
+        found = pulled(reference, registry, offline)
+        if as_json:
+            print(json.dumps({**asdict(found.resolution), "profile": found.profile.to_dict()}))
+            return
+        say(f"{found.resolution.uri}, SHA-256 {found.resolution.sha256}, {found.resolution.age}")
+        for heading, told in _described(found.profile):
+            say(f"{heading:<12} {told}")
+        say(f"{'files':<12} {', '.join(sorted(path.name for path in found.folder.iterdir()))}")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="NAME@ALIAS or NAME/VERSION.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="NAME@ALIAS or NAME/VERSION.")],
+    registry: RegistryAddress = DEMO,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Hold two versions against each other: plans stage by stage, then whatever else differs."""
+    with errors(debug):
+        found = [pulled(reference, registry, offline) for reference in (first, second)]
+        here, there = (each.profile for each in found)
+        told = dict(_described(here)), dict(_described(there))
+        differing = {key: [side.get(key, "-") for side in told] for key in {**told[0], **told[1]} if key != "plan"}
+        differing = {key: sides for key, sides in differing.items() if sides[0] != sides[1]}
+        if as_json:
+            plans = [profile.plan.to_dict() for profile in (here, there)]
+            print(json.dumps({"uris": [each.resolution.uri for each in found], "plans": plans, "differs": differing}))
+            return
+        rows = [
+            (str(number), *sides)
+            for number, sides in enumerate(zip_longest(_stages(here), _stages(there), fillvalue="-"))
+        ]
+        headings = ("stage", *(each.resolution.uri for each in found))
+        if rows:
+            print_tables([plain("")], headings, [rows], [], WIDTH)
+        if differing:
+            others = [(key, *sides) for key, sides in differing.items()]
+            print_tables([plain("")], ("differs", *headings[1:]), [others], [], WIDTH)
+        elif here.plan == there.plan:
+            say("nothing differs")
+
+
+def registry_at(address: str) -> Registry:
+    from autotune.registry import Registry
+
+    return Registry(address)
+
+
+def pulled(reference: str, registry: str, offline: bool) -> Pulled:
+    """A version in the cache; whoever goes offline is told how old the alias's resolution is."""
+    from autotune.profile_cache import ProfileCache
+
+    found = ProfileCache().pull(reference, registry_at(registry), offline=offline)
+    if offline:
+        typer.echo(f"offline: {reference} is {found.resolution.uri}, {found.resolution.age}", err=True)
+    return found
+
+
+def say(line: str) -> None:
+    print_tables([], (), [], [line], WIDTH)
+
+
+def _cells(version: Version) -> tuple[str, ...]:
+    return (
+        version.uri.removeprefix("models:/"),
+        ", ".join(version.aliases) or "-",
+        version.device or "-",
+        "yes" if version.certified else "no",
+        version.limit or "-",
+        _share(version.retention),
+        _share(version.worst_task_retention),
+        _bounded(version.ratio, version.ratio_high, 3),
+        _bounded(version.latency_ms, version.latency_high_ms, 1),
+        datetime.fromtimestamp(version.created, UTC).strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _bounded(value: float | None, high: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if high is None else f" (≤ {high:.{digits}f})")
+
+
+def _described(profile: Profile) -> Iterator[tuple[str, str]]:
+    """What there is to say of a profile, a heading with each."""
+    yield "plan", "; ".join(_stages(profile)) or "dense"
+    yield "positions", profile.plan.positions
+    for part in ("model", "workload", "device"):
+        yield part, _said(asdict(getattr(profile, part)))
+    yield "certified", "yes" if profile.certified else f"no: {'; '.join(profile.uncertified_because)}"
+    certificate = profile.evidence.get("certificate") or {}
+    for key in ("macro", "minus_dense", "worst_task", "retention", "latency", "limit", "margin"):
+        if certificate.get(key) is not None:
+            yield key, _said(certificate[key])
+    for key in ("study", "limit", "latency", "model_digest", "code_version"):
+        if profile.evidence.get(key):
+            yield f"its {key}", _said(profile.evidence[key])
+
+
+def _stages(profile: Profile) -> Sequence[str]:
+    return [
+        f"before {stage.layer}: keep {stage.keep:.3f} by {stage.selector}, lambda {stage.attention_weight:.2f}"
+        for stage in profile.plan.stages
+    ]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        if {"value", "low", "high"} <= value.keys():
+            return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        return ", ".join(f"{key.replace('_', ' ')} {_said(each)}" for key, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,78 @@
+"""The app: its routes, and what every request passes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import HTMLResponse, JSONResponse
+
+from autotune.server import jobs, profiles, studies
+from autotune.server.auth import OPEN_PATH, Gate, Reader
+from autotune.server.metrics import Metrics, Watch
+from autotune.server.problems import Problem, handle_errors
+from autotune.server.schemas import Health
+from autotune.server.service import Service, Settings
+
+__all__ = ["create_app"]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service as an ASGI app. Raises AutotuneError for settings that cannot be."""
+    service = Service(settings)
+    app = _App(
+        title="BTP Autotune",
+        summary="Tune image-token pruning for vision-language models, and hand the profiles out.",
+        version="1",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=None,
+    )
+    app.state.service = service
+    metrics = Metrics(service.submissions)
+    app.add_middleware(Gate, service=service)
+    app.add_middleware(Watch, metrics=metrics)
+    handle_errors(app)
+    for router in (jobs.router, studies.router, profiles.router):
+        app.include_router(router, max_body_size=settings.max_body_bytes)
+    _add_plain_routes(app, metrics)
+    return app
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """With the one schema that no route names by its type."""
+        if self.openapi_schema is None:
+            schema = get_openapi(
+                title=self.title, version=self.version, summary=self.summary, routes=self.routes, servers=self.servers
+            )
+            problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(unused, None)
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+def _add_plain_routes(app: FastAPI, metrics: Metrics) -> None:
+    @app.get(OPEN_PATH, operation_id="getHealth", tags=["service"])
+    async def health() -> Health:
+        """Whether this server answers; the one route that needs no key."""
+        return Health()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def openapi(key: Reader) -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(key: Reader) -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+
+    @app.get("/metrics", include_in_schema=False)
+    def measured(key: Reader) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

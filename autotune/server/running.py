@@ -1,0 +1,66 @@
+"""A server process: listens, serves, and on SIGTERM lets go of everybody within seconds."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from autotune.config import AutotuneError
+from autotune.server.app import create_app
+from autotune.server.service import Service, Settings
+from autotune.stopping import stopping
+
+__all__ = ["serve"]
+
+DRAIN_S = 5  # for what is being answered when the server is to end
+KEEP_ALIVE_S = 15
+
+
+def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM. say: told the address, once requests are taken in.
+
+    Raises AutotuneError where the address cannot be listened on, and StoreError where the database is away.
+    """
+    app = create_app(settings)
+    service: Service = app.state.service
+    service.submissions.counts()  # the database must be there, with its tables, before anybody asks
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    with _listening(host, port) as listener:
+        address = f"[{host}]" if ":" in host else host
+        say(f"http://{address}:{listener.getsockname()[1]}")
+        with stopping():  # uvicorn raises the signal again when it is done
+            _Server(config, service).run([listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.stopping.set()
+        super().handle_exit(sig, frame)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise AutotuneError(
+            f"--host and --port must be free to listen on, got {host} and {port}: {error.strerror or error}; "
+            "choose others"
+        ) from error

@@ -1,0 +1,62 @@
+"""What every request may need: the database and what lies in it, the registry, and what one server counts."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from autotune.profiles import Profiles
+from autotune.registry import Registry
+from autotune.server.limits import Rate
+from autotune.store import Database, Keys, Studies, Submissions
+from autotune.submitted import Place
+
+__all__ = ["Service", "ServiceParameter", "Settings"]
+
+PATIENCE_S = 5.0  # with a database that is away; then whoever asked is told to come again
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a server is started with. storage: address of the database.
+
+    rate: what a key may ask for, such as "120/minute"; failed_rate: how often an address may come without a good one.
+    Each server counts for itself.
+    """
+
+    storage: str
+    place: Place
+    max_body_bytes: int = 65536
+    rate: str = "120/minute"
+    failed_rate: str = "20/minute"
+
+
+class Service:
+    """The parts of one running server. Raises AutotuneError for settings that cannot be.
+
+    rate, failed: requests by key, and failed attempts by address. stopping: set once it is to end,
+    for what would go on else.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.stopping = settings, threading.Event()
+        self.rate, self.failed = Rate(settings.rate), Rate(settings.failed_rate)
+        self.database = Database(settings.storage, PATIENCE_S)
+        self.keys, self.submissions = Keys(self.database), Submissions(self.database)
+        self.studies = Studies(self.database)
+
+    @functools.cached_property
+    def profiles(self) -> Profiles:
+        return Profiles(Registry(self.settings.place.registry), self.database)
+
+
+def _service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+ServiceParameter = Annotated[Service, Depends(_service)]

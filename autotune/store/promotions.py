@@ -1,0 +1,112 @@
+"""The log of promotions, which is written ahead: a row says where an alias is to point, then the alias follows."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, delete, insert, select, update
+
+from autotune.store.database import Database
+from autotune.store.tables import Now, promotion
+
+__all__ = ["Promotion", "Promotions", "unsettled_names"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promotion:
+    """An alias was moved from one version to another. at: in seconds since 1970, by the database's clock.
+
+    kind: "promote" or "rollback". applied: whether the registry's alias was seen to follow.
+    """
+
+    id: int
+    name: str
+    alias: str
+    kind: str
+    before: int | None
+    after: int
+    who: str
+    why: str
+    at: float
+    applied: bool
+
+
+class Promotions:
+    """What was promoted of one registered model. home: of the registry, so that a name may come again."""
+
+    def __init__(self, database: Database, home: str, name: str) -> None:
+        self._database, self._home, self._name = database, home, name
+        self._mine = (promotion.c.registry == home) & (promotion.c.name == name)
+
+    def rows(self, alias: str | None = None) -> list[Promotion]:
+        """Newest first, of one alias or of all."""
+        query = select(promotion).where(self._mine).order_by(promotion.c.id.desc())
+        return self._read(query if alias is None else query.where(promotion.c.alias == alias))
+
+    def unsettled(self) -> list[str]:
+        """The aliases that are not known to have followed the log."""
+        return sorted({row.alias for row in self.rows() if not row.applied})
+
+    @contextmanager
+    def locked(self, alias: str) -> Iterator[None]:
+        """Be the one who moves the alias."""
+        with self._database.locked(f"promote {self._home} {self._name}@{alias}"):
+            yield
+
+    def write(self, *, alias: str, kind: str, before: int | None, after: int, who: str, why: str) -> Promotion:
+        """Say where the alias is to point; it does not yet."""
+        request = uuid.uuid4().hex
+        find = select(promotion).where(promotion.c.request == request)
+        values = {"kind": kind, "from_version": before, "to_version": after, "who": who, "why": why, "alias": alias}
+        values |= {"request": request, "registry": self._home, "name": self._name, "applied": False}
+        row = insert(promotion).values(**values, promoted=Now())
+
+        def act(connection: Connection) -> Row[Any]:
+            if connection.execute(find).first() is None:  # it may be there, where only the answer was lost
+                connection.execute(row)
+            return connection.execute(find).one()
+
+        return _promotion(self._database.run(act))
+
+    def applied(self, alias: str) -> None:
+        """The alias is seen to point where the last row of the log says."""
+        mine = update(promotion).where(self._mine, promotion.c.alias == alias).values(applied=True)
+        self._database.run(lambda connection: connection.execute(mine))
+
+    def withdraw(self, id: int) -> None:
+        """Forget a row that never took hold."""
+        mine = delete(promotion).where(self._mine, promotion.c.id == id, promotion.c.applied.is_(False))
+        self._database.run(lambda connection: connection.execute(mine))
+
+    def _read(self, query: Select[Any]) -> list[Promotion]:
+        if not self._database.exists:
+            return []
+        rows: Sequence[Row[Any]] = self._database.run(lambda connection: connection.execute(query).all())
+        return [_promotion(row) for row in rows]
+
+
+def unsettled_names(database: Database) -> set[str]:
+    """Of registered models, in whatever registry, with an alias that is not known to have followed the log."""
+    if not database.exists:
+        return set()
+    query = select(promotion.c.name).where(promotion.c.applied.is_(False))
+    return set(database.run(lambda connection: connection.execute(query).scalars().all()))
+
+
+def _promotion(row: Row[Any]) -> Promotion:
+    return Promotion(
+        id=row.id,
+        name=row.name,
+        alias=row.alias,
+        kind=row.kind,
+        before=row.from_version,
+        after=row.to_version,
+        who=row.who,
+        why=row.why,
+        at=row.promoted,
+        applied=row.applied,
+    )
