@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Response
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import JSONResponse
 
 from autotune.server import jobs, profiles, studies
 from autotune.server.auth import OPEN_PATH, Gate, Reader
@@ -68,10 +67,6 @@ def _add_plain_routes(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/openapi.json", include_in_schema=False)
     def openapi(key: Reader) -> JSONResponse:
         return JSONResponse(app.openapi())
-
-    @app.get("/docs", include_in_schema=False)
-    def docs(key: Reader) -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
 
     @app.get("/metrics", include_in_schema=False)
     def measured(key: Reader) -> Response:
