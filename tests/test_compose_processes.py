@@ -281,8 +281,10 @@ def test_a_job_handed_in_over_http_goes_on_with_the_same_study(host: Host, finis
     settings = {"limit": "prefill_p50<=0.9x", "trials": NUM_TRIALS, "repeats": 6, "finalists": 1}
     with healthy(host, "api"), Client(host.here("http://127.0.0.1:8000"), key) as client, host.running("jobs"):
         job = client.submit(model="model", data="questions.jsonl", **settings)
-        job = client.wait(job.id, timeout_s=200)
+        said = [event.data for event in client.follow(job.id) if event.kind == "progress"]
+        job = client.job(job.id)
         assert job.state == "succeeded", job.reason
+        assert (said[-1]["told"], said[-1]["target"]) == (NUM_TRIALS, NUM_TRIALS)
         assert job.study == finished["study"]
         assert (job.outcome or {})["num_trials"] == NUM_TRIALS
         (study,) = client.studies()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,10 +19,9 @@ import pytest
 from typer.testing import CliRunner
 
 from autotune import client as clients
-from autotune import data, job, reference
+from autotune import data, job
 from autotune.cli import app
 from autotune.client import Client, Event, ServiceError
-from autotune.config import STORAGE
 from autotune.jobs import COMMAND
 from autotune.registry import Registry
 from benchmarks.replayed_worker import open_study, work
@@ -235,50 +232,6 @@ def test_the_whole_of_the_real_service_is_within_reach(tmp_path: Path) -> None:
         assert [row.kind for row in client.promotions("tiny")] == ["rollback", "promote", "promote"]
         with pytest.raises(ServiceError, match=r"404: .*'none'"):
             client.profile("tiny", "none")
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """A few questions about a few pictures."""
-    names: dict[bytes, str] = {}
-    rows = []
-    (tmp_path / "data").mkdir()
-    for row in list(reference.dataset("select", seed=11))[:60]:
-        name = names.setdefault(row["image"].tobytes(), f"{len(names)}.png")
-        row["image"].save(tmp_path / "data" / name)
-        if row["task"] in ("existence", "attribute", "reading"):
-            rows.append({**row, "image": name})
-    (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copytree(reference.WEIGHTS, tmp_path / "models" / "mine")
-    return tmp_path
-
-
-@pytest.mark.alone
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
-def test_a_real_job_goes_from_a_request_to_a_profile(questions: Path, storage: str) -> None:
-    home = questions / "home"
-    roots = [f"--models={questions / 'models'}", f"--data={questions / 'data'}"]
-    command = [*COMMAND, "worker", "--jobs", f"--home={home}", *roots]
-    environment = {**os.environ, STORAGE: storage, "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        with serving(storage, home, *roots) as (url, _), Client(url, key_of(storage)) as client:
-            files = {"model": "mine", "data": "questions.jsonl"}
-            small = {"trials": 6, "repeats": 4, "finalists": 1, "sampler": "random", "limit": "prefill_p50<=0.95x"}
-            job = client.submit(**files, **small)
-            said = [event.data for event in client.follow(job.id) if event.kind == "progress"]
-            done = client.job(job.id)
-            assert done.state == "succeeded", done.reason
-            assert (said[-1]["told"], said[-1]["target"]) == (6, 6)
-            assert client.study(str(done.study)).num_told == 6
-            (version,) = client.profiles("mine")
-            assert done.outcome is not None
-            assert done.outcome["version"] == version.uri
-            assert client.profile("mine", version.aliases[0]).digest == version.sha256
-    finally:
-        worker.send_signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
 
 
 def test_a_job_says_how_far_it_is_in_lines_for_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
