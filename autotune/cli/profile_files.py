@@ -118,7 +118,7 @@ def verify(
         }
         claimed, reached = _claimed(found), None
         if score or model or data is not None:
-            from autotune.bench import score_file
+            from autotune.plan_file import score_file
 
             answerers = workers or (CORES if device == "cpu" else 1)
             reached = score_file(found.profile, model, data, device, answerers)

@@ -272,7 +272,7 @@ def learn_plan(
     """Learn keep ratios and lambda of every stage by gradient, label-free, in minutes; `tune --plan` tries the plan."""
     with errors(debug):
         _check_pair(model, data)
-        from autotune.bench import learn_file
+        from autotune.plan_file import learn_file
 
         with bar() as progress:
             line = progress.add_task("learning", total=None, told="")
@@ -310,7 +310,7 @@ def measure(
 ) -> None:
     """Measure a profile's latency on this device, paired with dense; exit 1 where it misses the limit."""
     with errors(debug):
-        from autotune.bench import measure_file
+        from autotune.plan_file import measure_file
 
         found = measure_file(profile, model, data, Limit.parse(limit), threads, repeats, device)
         if as_json:

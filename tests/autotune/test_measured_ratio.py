@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import bench
-from autotune.bench import MAX_ROUNDS, MIN_PAIRS_OF_A_TAIL, measure_ratio
+from autotune import plan_file
 from autotune.config import Limit
+from autotune.plan_file import MAX_ROUNDS, MIN_PAIRS_OF_A_TAIL, measure_ratio
 from btp import LatencyBlocks, Plan, Stage
 from btp.device_state import DeviceState, bearable_share
 from btp.latency import WarmUp, Window
@@ -38,7 +38,7 @@ class Device:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, device: Device, limit: str, width: float | None = None) -> Any:
-    monkeypatch.setattr(bench, "measure", device)
+    monkeypatch.setattr(plan_file, "measure", device)
     return measure_ratio(None, {}, PLAN, Limit.parse(limit), 12, width)
 
 
