@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
+from tests.test_packaging import requirements_of
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -59,7 +61,6 @@ def test_base_image_is_pinned_and_every_target_leaves_root() -> None:
 
 
 def test_images_install_the_versions_that_the_checks_run_with() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = {canonicalize_name(line.partition("==")[0]) for line in CONSTRAINTS}
     installs = [line for stage in STAGES for line in re.findall(r"pip install (.*)", stage)]
     assert len(installs) == len(STAGES) - 1
@@ -68,7 +69,7 @@ def test_images_install_the_versions_that_the_checks_run_with() -> None:
         assert (option, Path(constraints).name) == ("-c", "constraints.txt")
         for requirement in requirements:
             own = re.fullmatch(r"(?:\.|/src)\[(.+)\]", requirement)
-            wanted = [name for extra in own[1].split(",") for name in extras[extra]] if own else [requirement]
+            wanted = [name for extra in own[1].split(",") for name in requirements_of(extra)] if own else [requirement]
             assert {canonicalize_name(re.match(r"[\w-]+", name)[0]) for name in wanted} <= pinned
 
 

@@ -22,6 +22,13 @@ def names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in requirements}  # type: ignore[union-attr]
 
 
+def requirements_of(extra: str) -> list[str]:
+    """All that an extra installs beside `btp` itself, what it takes from another extra included."""
+    own = [re.fullmatch(r"btp-autotune\[(.+)\]", line) for line in EXTRAS[extra]]
+    inner = [line for match in own if match for name in match[1].split(",") for line in requirements_of(name)]
+    return [line for line, match in zip(EXTRAS[extra], own, strict=True) if not match] + inner
+
+
 def modules_after(statement: str) -> set[str]:
     """Top-level modules loaded in a fresh interpreter that ran `statement`."""
     code = f"{statement}\nimport sys; print(*sorted(name for name in sys.modules if '.' not in name))"
@@ -47,6 +54,11 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     assert not modules_after("import autotune.cli") & heavy
 
 
+def test_a_score_is_reproduced_without_the_tuner() -> None:
+    needed = {"datasets", "scipy"}  # of the extra `score`
+    assert not modules_after("import autotune.plan_file") & (TUNER_ONLY - needed)
+
+
 def test_base_install_is_torch_transformers_and_what_torch_brings_along() -> None:
     assert names(PROJECT["dependencies"]) == {"filelock", "torch", "transformers"}
 
@@ -58,7 +70,7 @@ def test_base_install_is_torch_transformers_and_what_torch_brings_along() -> Non
         ("mlflow", "tune"),
         ("mlflow-skinny", "registry"),
         ("sqlalchemy", "tune"),
-        ("pillow", "tune"),
+        ("pillow", "score"),
         ("ray", "ray"),
         ("fastapi", "serve"),
         ("uvicorn", "serve"),
@@ -73,7 +85,7 @@ def test_each_package_belongs_to_one_extra(package: str, extra: str) -> None:
 def test_constraints_pin_every_requirement_of_the_checks_and_name_no_address() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
-    wanted = PROJECT["dependencies"] + [name for extra in INSTALLED for name in EXTRAS[extra]]
+    wanted = PROJECT["dependencies"] + [name for extra in INSTALLED for name in requirements_of(extra)]
     assert names(wanted) <= names(lines)
     assert "torchvision" not in names(lines)
 
