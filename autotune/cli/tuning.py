@@ -48,7 +48,7 @@ app = typer.Typer()
 
 @app.command()
 def demo(
-    limit: LimitOption = "prefill_p50<=0.5x",
+    limit: LimitOption = "prefill_p50<=0.6x",
     out: OutOption = Path("runs/demo"),
     trials: TrialsOption = 40,
     seed: SeedOption = 0,
