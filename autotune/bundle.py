@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from autotune.profile_cache import BUNDLES, ProfileCache, Pulled, Resolution
-from autotune.registered import Reference, RegistryError, Version
+from autotune.registered import Reference, RegistryError, Version, is_alias
 from autotune.registry import Registry
 from autotune.version_folder import MANIFEST_FILE, PROFILE, SUFFIXES, manifest_of
 from btp.errors import ProfileError
@@ -26,6 +26,7 @@ __all__ = ["Bundle", "export_bundle", "import_bundle", "register_bundle"]
 
 HEADER = "bundle.json"
 FOLDER = "version/"
+MAX_NAME = 250
 MAX_FILES = 256
 MAX_FILE_BYTES = 64 * 2**20
 MAX_BYTES = 256 * 2**20
@@ -83,6 +84,7 @@ def import_bundle(path: Path, cache: ProfileCache) -> tuple[Bundle, Pulled]:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
             bundle = _header(archive, members, path)
+            _check_number(bundle, cache, path)
             with cache.staging() as staging:
                 staged = staging / "version"
                 _extract(archive, members, bundle, staged)
@@ -91,7 +93,8 @@ def import_bundle(path: Path, cache: ProfileCache) -> tuple[Bundle, Pulled]:
         raise RegistryError(f"{path} must be a bundle of autotune profiles export, but: {error}") from error
     known: dict[str, Any] = {"name": bundle.name, "version": bundle.version, "manifest": bundle.manifest}
     for alias in (*bundle.aliases, None):
-        resolution = Resolution(**known, alias=alias, sha256=bundle.sha256, resolved=bundle.exported)
+        resolved = min(bundle.exported, time.time())  # the exporter's clock may be ahead of all others
+        resolution = Resolution(**known, alias=alias, sha256=bundle.sha256, resolved=resolved)
         cache.note(resolution, BUNDLES)
     folder = cache.folder / "profiles" / bundle.manifest
     return bundle, Pulled(resolution=resolution, profile=profile, folder=folder, downloaded=True)
@@ -147,7 +150,7 @@ def _header(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path:
     body = verify(parse_object(archive.read(HEADER), f"{path}, {HEADER}"), f"{path}, {HEADER}")
     try:
         found = Bundle(
-            name=body["name"],
+            name=str(body["name"]),
             version=int(body["version"]),
             aliases=tuple(map(str, body["aliases"])),
             sha256=str(body["profile"]),
@@ -156,9 +159,26 @@ def _header(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path:
         )
         for reference in found.references:
             Reference.parse(reference)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise RegistryError(f"{path} must say name, version, aliases and digests, but: {error!r}") from error
+    odd = [alias for alias in found.aliases if not is_alias(alias)]
+    if odd or len(found.name) > MAX_NAME:
+        raise RegistryError(
+            f"{path} must have a name of at most {MAX_NAME} characters, and aliases that a registry takes, got "
+            f"{(odd or [found.name])[0][:80]!r}; export it again under others"
+        )
     return found
+
+
+def _check_number(bundle: Bundle, cache: ProfileCache, path: Path) -> None:
+    """Raise RegistryError where another bundle has told of another version by the same number."""
+    for known in cache.known(BUNDLES):
+        same = (known.name, known.version) == (bundle.name, bundle.version)
+        if same and known.digest != bundle.manifest:
+            raise RegistryError(
+                f"{path} must not be another {known.uri} than the one that was imported before, whose manifest is "
+                f"{known.digest}; import it where AUTOTUNE_CACHE names another folder"
+            )
 
 
 def _extract(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], bundle: Bundle, folder: Path) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "STORAGE",
     "AutotuneError",
     "CompareConfig",
+    "DrivenError",
     "JobConfig",
     "Limit",
     "RunConfig",
@@ -37,6 +38,17 @@ MIN_TRIALS = 6  # the five fixed plans of every study, and one draw
 
 class AutotuneError(Exception):
     """What the user handed in breaks a rule; the text names the rule, what came and the way out."""
+
+
+class DrivenError(AutotuneError):
+    """Another process drives the study."""
+
+    def __init__(self, study: str, driver: str) -> None:
+        super().__init__(
+            f"one process at a time may drive a study, but {driver} drives {study}; let it end, or join it with "
+            f"autotune worker --study {study}"
+        )
+        self.study = study
 
 
 def _begins(path: Path) -> bytes:
@@ -132,6 +144,7 @@ class JobConfig(RunConfig):
     sampler: in `autotune.samplers.SAMPLERS`. guard: the least retention of the worst task that a plan may have; None
     for any. margin: how much macro accuracy below dense a plan may be and still be certified. num_finalists: plans that
     are certified. plans: files with plans to try beside the published ones. learn: try one that is learned by gradient.
+    promote: whether a certified plan becomes its device's champion; who: does that, for the log.
     """
 
     limit: Limit
@@ -145,6 +158,8 @@ class JobConfig(RunConfig):
     plans: tuple[Path, ...] = ()
     learn: bool = False
     tracking_uri: str | None = None
+    promote: bool = True
+    who: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All that a worker has to know to try trials, as plain data; the search space as it stands in its file."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from autotune.bench import Bench
@@ -13,21 +17,24 @@ from autotune.certify import Interval
 from autotune.config import AutotuneError, JobConfig, check_folder, check_sqlite
 from autotune.measured import measure_fresh
 from autotune.papers import PAPERS, Proof, Row, write_papers
-from autotune.profiles import Profiles
+from autotune.profiles import GateError, Profiles, RegistryError, promotion_database
 from autotune.registry import Registry, Version
 from autotune.search import summary
-from autotune.store import this_worker
 from autotune.study import Study
+from autotune.version_folder import put
 from btp.profile import Profile
 
-__all__ = ["HEADINGS", "Outcome", "check_out", "deliver", "registry_of"]
+__all__ = ["HEADINGS", "Outcome", "check_out", "deliver", "promoted", "registry_of"]
 
 HEADINGS = ("plan", "image GFLOPs", "latency ratio", "macro accuracy", "worst task")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished job found, where it wrote it, and whether the pulled profile did what the study said."""
+    """What a finished job found, where it wrote it, and whether the pulled profile did what the study said.
+
+    held_back: why what is certified is no champion; empty where it is, or is not certified.
+    """
 
     study: str
     limit: str
@@ -41,6 +48,7 @@ class Outcome:
     met: bool
     reproduced: bool
     certified: bool
+    held_back: str
     reasons: tuple[str, ...]
     search: Mapping[str, Any]
     failures: Mapping[str, str]
@@ -71,6 +79,7 @@ class Outcome:
             *lines,
             f"\n{self.version} registered, alias {self.alias}",
             "certified" if self.certified else f"NOT certified: {'; '.join(self.reasons)}",
+            *([f"not promoted: {self.held_back}"] if self.held_back else []),
             f"in a fresh process: {self.fresh_ratio:.3f} of dense, {word} {self.limit}",
             f"score reproduced by the pulled profile: {'yes' if self.reproduced else 'NO'}",
             *(f"  {path}" for path in self.paths.values()),
@@ -108,7 +117,7 @@ def deliver(
     write_papers(config, bench, study, proof)
     registry = registry_of(config)
     version = _register(config, bench, study, registry, proof)
-    pulled = registry.pull(config.name, version.aliases[0], config.out / "pulled.json")
+    pulled = _pulled(config, registry, version)
     say("applying the pulled profile")
     profile = Profile.load(pulled)
     profile.check_fits(bench.anatomy.identity)
@@ -116,8 +125,9 @@ def deliver(
     say("measuring in a fresh process")
     fresh = measure_fresh(config, pulled)
     reproduced = again.scores == bench.scores(proof.champion.plan, "select").scores
+    held_back = ""
     if fresh.met and reproduced and profile.certified:
-        version = _promoted(registry, version, bench, study)
+        version, held_back = promoted(config, registry, version, f"certified by {study.name}")
     local = ("mlflow.db", "artifacts") if config.tracking_uri is None else ()
     names = ("profile.json", "pulled.json", *PAPERS, *(("study.db",) if config.storage is None else ()), *local)
     return Outcome(
@@ -133,6 +143,7 @@ def deliver(
         met=fresh.met,
         reproduced=reproduced,
         certified=profile.certified,
+        held_back=held_back,
         search=summary(study),
         failures=study.failures,
         reasons=profile.uncertified_because,
@@ -141,11 +152,29 @@ def deliver(
     )
 
 
-def _promoted(registry: Registry, version: Version, bench: Bench, study: Study) -> Version:
-    """The version as its device's champion."""
-    profiles = Profiles(registry, bench.database)
-    done = profiles.promote(version, who=this_worker(), why=f"certified by {study.name}")
-    return replace(version, aliases=(done.alias,))
+def _pulled(config: JobConfig, registry: Registry, version: Version) -> Path:
+    """The registered profile, fetched by its number: another job may have the alias by now."""
+    target = config.out / "pulled.json"
+    with tempfile.TemporaryDirectory(dir=config.out) as folder:
+        registry.download(version, Path(folder))
+        put(Path(folder) / "profile.json", target)
+    return target
+
+
+def promoted(config: JobConfig, registry: Registry, version: Version, why: str) -> tuple[Version, str]:
+    """The version as its device's champion; or as it is, and the reason for that."""
+    if not config.promote:
+        return version, "--no-promote was given"
+    who = config.who or f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        profiles = Profiles(registry, promotion_database(registry, config.storage))
+    except RegistryError as error:
+        return version, str(error)
+    try:
+        done = profiles.promote(version, who=who, why=why)
+    except GateError as error:
+        return version, str(error)
+    return replace(version, aliases=(done.alias,)), ""
 
 
 def _register(config: JobConfig, bench: Bench, study: Study, registry: Registry, proof: Proof) -> Version:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 import warnings
 import weakref
 from collections import deque
@@ -34,6 +35,7 @@ __all__ = ["TOKEN", "Mirror"]
 
 MAX_BEHIND = 4  # calls that a worker may be ahead
 PROXY_PATIENCE_S = 10.0
+SETTLE_S = 10.0  # between two looks for what others have left
 TOKEN = "token"  # of the lease, on the Optuna trial: its worker may die before it can note the trial
 
 
@@ -42,7 +44,7 @@ class Mirror:
 
     A trial that racing stopped is PRUNED, with its constraint: Optuna's own `best_trials` holds no score of fewer
     samples. `begin` and `tell` are carried out by a thread of its own, one after the other; what goes wrong there is
-    raised by the next call, or by `flush`.
+    raised by the next `begin`, or by `flush`.
     """
 
     def __init__(self, database: Database, name: str, leases: Leases) -> None:
@@ -51,6 +53,7 @@ class Mirror:
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._behind: deque[tuple[int, Future[None]]] = deque()  # with their leases, oldest first
         self._noted: dict[int, int] = {}  # trials by lease; the thread's
+        self._next_settling = 0.0
 
     @functools.cached_property
     def storage(self) -> BaseStorage:
@@ -59,7 +62,8 @@ class Mirror:
 
     def _own_storage(self) -> RDBStorage:
         with self._database.setting_up():
-            storage = self._database.redo(lambda: RDBStorage(self._database.url, engine_kwargs={"pool_size": 2}))
+            settings = {**self._database.waits, "pool_size": 1}
+            storage = self._database.redo(lambda: RDBStorage(self._database.url, engine_kwargs=settings))
         if self._database.file is not None:
             begin_immediately(storage.engine)
             storage.engine.dispose()  # of the connections that began otherwise
@@ -93,7 +97,7 @@ class Mirror:
     def begin(self, held: Lease, work: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
         """Have a running trial made for the attempt."""
         self._distributions = distributions(ranges)
-        while len(self._behind) >= MAX_BEHIND:
+        while self._behind and (self._behind[0][1].done() or len(self._behind) >= MAX_BEHIND):
             self._behind.popleft()[1].result()
 
         def act() -> None:
@@ -120,7 +124,10 @@ class Mirror:
         self._settle(self._leases.unsettled(token))
 
     def settle_abandoned(self, worker: str) -> None:
-        """As `settle`, for those that no other living worker is about to settle."""
+        """As `settle`, for those that no other living worker is about to settle; from time to time."""
+        if time.monotonic() < self._next_settling:
+            return
+        self._next_settling = time.monotonic() + SETTLE_S
         behind = {token for token, _ in self._behind}
         self._settle([each for each in self._leases.abandoned(worker) if each.token not in behind])
 
@@ -139,8 +146,6 @@ class Mirror:
             self._behind.popleft()[1].result()
 
     def _later(self, token: int, act: Callable[[], None]) -> None:
-        while self._behind and self._behind[0][1].done():
-            self._behind.popleft()[1].result()
         assert self._study_id is not None  # made by one thread: two would make it twice
         self._behind.append((token, self._thread.submit(act)))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from autotune.redaction import without_passwords
 from autotune.registered import NotRegisteredError, RegistryError, Version
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ class MlflowStore:
         local = tracking_uri.startswith(SQLITE) and tracking_uri != SQLITE
         if not local and not tracking_uri.startswith(("http://", "https://")):
             raise RegistryError(
-                f"a registry is sqlite:///FILE or the http(s):// address of an MLflow server, got {tracking_uri!r}; "
+                f"a registry is sqlite:///FILE or the http(s):// address of an MLflow server, got "
+                f"{without_passwords(tracking_uri)!r}; "
                 "for a local one use sqlite:///mlflow.db"
             )
         if artifact_root is not None and not local:
             raise RegistryError(
-                f"a server keeps the artifacts itself, got an artifact root {artifact_root} for {tracking_uri}; "
-                "leave it out"
+                f"a server keeps the artifacts itself, got an artifact root {artifact_root} for "
+                f"{without_passwords(tracking_uri)}; leave it out"
             )
         self._uri = tracking_uri
         self.file = Path(tracking_uri.removeprefix(SQLITE)) if local else None
@@ -126,9 +128,8 @@ class MlflowStore:
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
-            known = ", ".join(sorted(model.name for model in self.models())) or "none"
             raise NotRegisteredError(
-                f"no profile is registered as {name!r} in {self.address}; known: {known}"
+                f"no profile is registered as {name!r}; autotune profiles list shows which there are"
             ) from error
 
     def make_model(self, name: str, tags: Mapping[str, str]) -> None:
@@ -141,6 +142,11 @@ class MlflowStore:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
+    def tag_model(self, name: str, tags: Mapping[str, str]) -> None:
+        """Give a name the tags that it does not have yet. Never undone either."""
+        for key in tags.keys() - self.model(name).tags.keys():
+            self.client.set_registered_model_tag(name, key, tags[key])
+
     def version(self, name: str, number: int) -> ModelVersion:
         """Raises NotRegisteredError, also for one that was deleted."""
         from mlflow.exceptions import MlflowException
@@ -152,7 +158,7 @@ class MlflowStore:
             if error.error_code != MISSING:
                 raise
         there = ", ".join(sorted((str(item.version) for item in self.versions(name)), key=int))
-        raise NotRegisteredError(f"{name!r} has no version {number} in {self.address}; it has: {there or 'none'}")
+        raise NotRegisteredError(f"{name!r} has no version {number}; it has: {there or 'none'}")
 
     def models(self) -> list[RegisteredModel]:
         return _all(lambda token: self.client.search_registered_models(page_token=token))
@@ -186,7 +192,7 @@ class MlflowStore:
         except MlflowException as error:
             refused = error.error_code == "INVALID_PARAMETER_VALUE"
             way_out = "change that" if refused else "check that the registry runs and can be reached"
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = without_passwords(str(error)).splitlines()[0].rstrip(".")
             raise RegistryError(f"could not {attempt} in {self.address}: {reason}; {way_out}") from error
 
 

@@ -24,7 +24,7 @@ from autotune.study import Study
 from btp.plan import Plan
 from btp.profile import DeviceKey, Profile, Workload
 
-__all__ = ["PAPERS", "Proof", "Row", "code_version", "write_papers"]
+__all__ = ["PAPERS", "Proof", "Row", "code_version", "trial_columns", "write_papers"]
 
 PAPERS = (ANSWERS, "CARD.md", "evidence.parquet", "front.html", "front.png", "latency.json", "study.parquet")
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def write_papers(config: JobConfig, bench: Bench, study: Study, proof: Proof) ->
     columns = {name: [getattr(e, name) for e in examples] for name in ("image_id", "task", "question", "answer")}
     data.write_parquet(config.out / "evidence.parquet", {**columns, **{row.name: row.scores for row in proof.rows}})
     told = study.told()
-    data.write_parquet(config.out / "study.parquet", _trials(told))
+    data.write_parquet(config.out / "study.parquet", trial_columns(study))
     write_front(told, proof.champion.plan, config.limit, config.out)
     (config.out / "CARD.md").write_text(_card(config, profile, proof, told), encoding="utf-8")
     return profile
@@ -138,13 +138,28 @@ def code_version() -> str:
     return f"{found}+{done.stdout.strip()}" if done.returncode == 0 else found
 
 
-def _trials(told: Sequence[Told]) -> dict[str, list[Any]]:
-    """A column a field; what is no number or text as JSON."""
-    rows = [{**asdict(t), "plan": t.plan.to_dict(), "feasible": t.feasible} for t in told]
-    return {
-        name: [json.dumps(row[name]) if isinstance(row[name], (dict, list, tuple)) else row[name] for row in rows]
-        for name in rows[0]
-    }
+def trial_columns(study: Study) -> dict[str, list[Any]]:
+    """Every trial, those that failed last: a column a field, as JSON where it is no number or text."""
+    rows: list[dict[str, Any]] = [
+        {
+            **asdict(t),
+            "plan": t.plan.to_dict(),
+            "feasible": t.feasible,
+            "state": "complete" if t.complete else "stopped",
+        }
+        for t in study.told()
+    ]
+    for each in study.leases.all():
+        if each.state == "failed":
+            work = {"draw" if each.name is None else "plan": each.work}
+            failed = {"number": each.number, "name": each.title, "state": "failed", "reason": each.reason}
+            rows.append({**failed, **work})
+    names = dict.fromkeys(["reason", *(name for row in rows for name in row)])
+    return {name: [_plain(row.get(name)) for row in rows] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else value
 
 
 def _card(config: JobConfig, profile: Profile, proof: Proof, told: Sequence[Told]) -> str:

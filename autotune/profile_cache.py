@@ -85,7 +85,7 @@ class ProfileCache:
         self.folder = folder or _default_folder()
 
     def pull(self, reference: str | Reference, registry: Registry | None, *, offline: bool = False) -> Pulled:
-        """The version a reference names, downloaded where it is not here yet.
+        """The version a reference names, downloaded where it is not here yet; an alias, where the registry has it now.
 
         offline: connects to nothing, and goes by what the reference stood for when it was last resolved, or what a
         bundle said. Raises NotRegisteredError for a reference that is not known, RegistryError for a damaged version.
@@ -143,6 +143,9 @@ class ProfileCache:
         found = [_read(path) for path in self.folder.glob(f"refs/{origin}/[!.]*.json")]
         return sorted((each for each in found if each is not None), key=lambda each: each.resolved, reverse=True)
 
+    def _registries(self) -> list[str]:
+        return sorted({path.parent.name for path in self.folder.glob("refs/*/[!.]*.json")} - {BUNDLES})
+
     def _place(self, digest: str) -> Path:
         """Of a version's folder. A tag can be changed by anyone, so it is no path before it is seen to be a digest."""
         if not re.fullmatch("[0-9a-f]{64}", digest):
@@ -163,17 +166,27 @@ class ProfileCache:
             return self.keep(staged, version.sha256, version.manifest, version.uri), True
 
     def _resolved_before(self, wanted: Reference, registry: Registry | None) -> Resolution:
-        """The latest word on a reference: of the registry, if there is one, or of a bundle."""
-        origins = ["*"] if registry is None else [_registry_digest(registry), BUNDLES]
-        known = [each for origin in origins for each in self.known(origin) if each.name == wanted.name]
-        if wanted.alias is None:
-            found = [each for each in known if each.version == wanted.version]
-        else:
-            found = [each for each in known if each.alias == wanted.alias]
+        """What is known of a reference: by the registry, or any if none is named, and by bundles.
+
+        Of an alias, the latest word counts. A version never changes, so there a bundle is asked only about what no
+        registry has told.
+        """
+        registries = self._registries() if registry is None else [_registry_digest(registry)]
+        told = [each for origin in registries for each in self.known(origin) if _is(each, wanted)]
+        carried = [each for each in self.known(BUNDLES) if _is(each, wanted)]
+        found = [*told, *carried] if wanted.alias is not None else told or carried
         if not found:
             there = ", ".join(sorted({_text(each) for each in self.known()})) or "nothing"
             raise NotRegisteredError(f"{wanted} is not in the cache {self.folder}; it has: {there}")
+        if wanted.alias is None and len({each.digest for each in found}) > 1:
+            raise RegistryError(f"{wanted} must be one version, but registries differ about it; name the one meant")
         return max(found, key=lambda each: each.resolved)
+
+
+def _is(resolution: Resolution, wanted: Reference) -> bool:
+    if resolution.name != wanted.name:
+        return False
+    return resolution.version == wanted.version if wanted.alias is None else resolution.alias == wanted.alias
 
 
 def _default_folder() -> Path:

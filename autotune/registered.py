@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from btp.plan import Plan
 from btp.profile import DeviceKey, Profile
 
 __all__ = [
+    "ALIAS",
     "ANSWERS",
     "CERTIFIED",
     "IDENTITY",
@@ -25,9 +28,11 @@ __all__ = [
     "Reference",
     "RegistryError",
     "Version",
-    "best_of",
+    "is_alias",
 ]
 
+ALIAS = "^[A-Za-z0-9][A-Za-z0-9_-]{0,249}$"
+"""What an alias is made of, everywhere; `is_alias` has the rest."""
 ANSWERS = "select.json"  # among a version's evidence
 CERTIFIED = "certified"
 REASONS = "reasons"
@@ -84,8 +89,8 @@ class Version:
 
     sha256: the profile's digest; manifest: its folder's, empty where it was registered without one. certified: as
     registered; reasons: why it is not, in one text. device: as in an alias. retention: macro accuracy as a share of
-    dense's on held-out pictures; worst_task_retention: the worst task's. ratio: latency to dense's. What a profile
-    does not tell is empty or None. created: in seconds since 1970.
+    dense's on held-out pictures; worst_task_retention: the worst task's. ratio: latency to dense's, at `metric`
+    and `quantile`. What a profile does not tell is empty or None. created: in seconds since 1970.
     """
 
     name: str
@@ -111,6 +116,8 @@ class Version:
     study: str = ""
     data_digest: str = ""
     code_version: str = ""
+    metric: str = ""
+    quantile: str = ""
 
     @property
     def alias(self) -> str | None:
@@ -130,7 +137,7 @@ class Version:
         return cls(certified=tags.get(CERTIFIED) == "true", **told, **known)
 
 
-TEXTS = ("device", "device_name", "dtype", "limit", "study", "data_digest", "code_version")
+TEXTS = ("device", "device_name", "dtype", "limit", "study", "data_digest", "code_version", "metric", "quantile")
 NUMBERS = ("retention", "worst_task_retention", "ratio", "ratio_high", "latency_ms", "latency_high_ms")
 
 
@@ -161,7 +168,8 @@ class Known:
     @property
     def data_digests(self) -> Mapping[str, str]:
         """By split; equal digests are the same questions about the same pictures."""
-        return dict(self.profile.evidence.get("data", {}))
+        told = self.profile.evidence.get("data")
+        return dict(told) if isinstance(told, Mapping) else {}
 
     @property
     def model_digest(self) -> str:
@@ -174,36 +182,15 @@ class Known:
         return bool(self.answers_digest) and told == (model_digest, questions, dtype)
 
 
-def best_of(versions: Iterable[Version], max_latency_ms: float, device: str = "") -> Version:
-    """Of the certified versions whose latency keeps to the limit by its upper bound, the one that keeps most accuracy.
-
-    device: a part of the device's name. Raises RegistryError, with what else there is, where there is none.
-    """
-    wanted = device.lower()
-    here = [v for v in versions if wanted in v.device.lower() or wanted in v.device_name.lower()]
-    proven = [v for v in here if v.certified and v.latency_high_ms is not None]
-    able = [v for v in proven if _high(v) <= max_latency_ms]
-    if able:
-        return max(able, key=lambda v: (v.retention or 0.0, -_high(v), v.created))
-    where = f" on a device named {device!r}" if device else ""
-    if proven:
-        fastest = min(proven, key=_high)
-        raise RegistryError(
-            f"no certified version stays within {max_latency_ms:g} ms{where}; the fastest is {fastest.uri} with at "
-            f"most {_high(fastest):.1f} ms on {fastest.device_name}; raise the limit, or tune for a lower one"
-        )
-    raise RegistryError(
-        f"no certified version with a latency in milliseconds is there{where}, got {len(here)} others; "
-        "autotune profiles list shows them"
-    )
-
-
-def _high(version: Version) -> float:
-    return float("inf") if version.latency_high_ms is None else version.latency_high_ms
+def is_alias(text: str) -> bool:
+    """Whether it can be an alias: latest, and v1 and the like, are MLflow's own."""
+    own = re.fullmatch(r"latest|v\d+", text, re.ASCII | re.IGNORECASE)
+    return own is None and re.fullmatch(ALIAS, text) is not None
 
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        number = math.nan if text is None else float(text)
     except ValueError:  # a tag can be changed by anyone
         return None
+    return number if math.isfinite(number) else None

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from autotune.mlflow_store import MlflowStore, version_of
+from autotune.redaction import without_passwords
 from autotune.registered import (
     ANSWERS,
     IDENTITY,
@@ -35,13 +36,14 @@ from autotune.registered import (
     RegistryError,
     Version,
 )
-from autotune.version_folder import PROFILE, check_file, check_folder, put, stage
+from autotune.version_folder import MANIFEST_FILE, PROFILE, check_file, check_folder, put, stage
 from autotune.version_tags import home_tags, identity_of, profile_tags
 from btp.profile import ModelIdentity, Profile, Workload
 
 __all__ = ["Known", "Registry", "RegistryError", "Version"]
 
 FOLDER = "profile"  # in a run's artifacts
+EVIDENCE = "evidence"  # where the papers of a version without a manifest lie
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,9 @@ class Registry:
                     experiment, undo, name=study, tags=told, metrics=metrics, params=params, files=Path(staging)
                 )
                 self._add_finalists(experiment, undo, run_id, finalists)
-                self._store.make_model(name, home_tags(profile.model, profile.workload))
+                home = home_tags(profile.model, profile.workload)
+                self._store.make_model(name, home)
+                self._store.tag_model(name, home)
                 self.check_home(name, profile.model, profile.workload)  # another may have made it in between
                 told |= {SHA256: profile.digest, MANIFEST: manifest, IDENTITY: identity_of(profile.model)}
                 client, source = self._store.client, f"runs:/{run_id}/{FOLDER}"
@@ -111,7 +115,10 @@ class Registry:
         return version_of(created, (alias,))
 
     def check_home(self, name: str, model: ModelIdentity, workload: Workload) -> None:
-        """Raise RegistryError where `name` is registered for another model or workload; a new name is free."""
+        """Raise RegistryError where `name` is registered for another model or workload; a new name is free.
+
+        One from before names were bound is for what its newest version was made with.
+        """
         if not self._store.exists:
             return
         with self._store.reported(f"look up {name!r}"):
@@ -119,6 +126,8 @@ class Registry:
                 tags = self._store.model(name).tags
             except NotRegisteredError:
                 return
+            if not {IDENTITY, WORKLOAD} <= tags.keys():
+                tags = {**self._home_before(name), **tags}
             wanted = home_tags(model, workload)
             differing = [part for part in (IDENTITY, WORKLOAD) if tags.get(part, wanted[part]) != wanted[part]]
             if not differing:
@@ -126,11 +135,18 @@ class Registry:
         told = "; ".join(line for part in differing for line in _differences(part, tags, wanted))
         raise RegistryError(f"{name!r} holds profiles of one model and workload, but {told}; use another --name")
 
+    def _home_before(self, name: str) -> Mapping[str, str]:
+        versions = self.versions(name)
+        if not versions:
+            return {}
+        newest = self.profile(versions[0])
+        return home_tags(newest.model, newest.workload)
+
     def find(self, reference: str | Reference) -> Version:
         """The version that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises NotRegisteredError."""
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
         if not self._store.exists:
-            raise NotRegisteredError(f"a registry must exist before one can pull from it, got {self.address}")
+            raise NotRegisteredError("a registry must exist before one can pull from it, got none; check its address")
         with self._store.reported(f"look up {wanted}"):
             aliases = self._store.model(wanted.name).aliases
             number = wanted.version
@@ -161,13 +177,23 @@ class Registry:
             stored = self._download(version, f"{FOLDER}/{PROFILE}", staging)
             return check_file(stored, version.sha256, version.uri)
 
+    def checked(self, version: Version) -> Profile:
+        """As `profile`, every file beside it checked too."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.download(version, Path(folder))
+
     def download(self, version: Version, folder: Path) -> Profile:
         """The version's whole folder into one that is there already; checked, every file. Raises RegistryError."""
         with tempfile.TemporaryDirectory(dir=folder) as staging, self._store.reported(f"download {version.uri}"):
-            wanted = FOLDER if version.manifest else f"{FOLDER}/{PROFILE}"
-            self._download(version, wanted, staging)
-            profile = check_folder(Path(staging) / FOLDER, version.sha256, version.manifest, version.uri)
-            for path in (Path(staging) / FOLDER).iterdir():
+            if not version.manifest:
+                self._check_manifest_tag(version)
+                stored = self._download(version, f"{FOLDER}/{PROFILE}", staging)
+                profile = check_file(stored, version.sha256, version.uri)
+                stored.rename(folder / PROFILE)
+                return profile
+            whole = self._download(version, FOLDER, staging)
+            profile = check_folder(whole, version.sha256, version.manifest, version.uri)
+            for path in whole.iterdir():
                 path.rename(folder / path.name)
         return profile
 
@@ -183,10 +209,10 @@ class Registry:
             put(Path(staging) / PROFILE, target)
         return target
 
-    def home(self, name: str) -> str:
-        """Tells a registered model from another that had, or will have, the same name."""
+    def made(self, name: str) -> float:
+        """When the registered model was made, in seconds since 1970: another may have had, or will have, its name."""
         with self._store.reported(f"look up {name!r}"):
-            return f"made {self._store.model(name).creation_timestamp}"
+            return float(self._store.model(name).creation_timestamp) / 1000
 
     def point(self, name: str, alias: str, number: int) -> None:
         """Have an alias point to a version, whatever its profile says. Raises NotRegisteredError."""
@@ -231,17 +257,37 @@ class Registry:
         attempt = f"read the answers of {known.version.uri}"
         try:
             with tempfile.TemporaryDirectory() as staging, self._store.reported(attempt):
-                text = self._download(known.version, f"{FOLDER}/{ANSWERS}", staging).read_bytes()
+                folder = FOLDER if known.version.manifest else EVIDENCE
+                text = self._download(known.version, f"{folder}/{ANSWERS}", staging).read_bytes()
         except (OSError, RegistryError) as error:
             logger.warning("left out: %s", error)
             return None
         if hashlib.sha256(text).hexdigest() != known.answers_digest:
             logger.warning("left out: the answers of %s were changed after it was registered", known.version.uri)
             return None
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            logger.warning("left out: the answers of %s are no JSON: %s", known.version.uri, error)
+            return None
+
+    def _check_manifest_tag(self, version: Version) -> None:
+        """Raise RegistryError where a version said to have no manifest has one: its files would go unchecked."""
+        stored = self._store.client.list_artifacts(version.run_id, FOLDER)
+        if any(file.path == f"{FOLDER}/{MANIFEST_FILE}" for file in stored):
+            raise RegistryError(
+                f"{version.uri} must have its manifest's SHA-256 as a tag, got none; "
+                "it was changed after it was registered, so register it again"
+            )
 
     def _download(self, version: Version, stored: str, folder: str) -> Path:
-        return Path(self._store.client.download_artifacts(version.run_id, stored, folder))
+        try:
+            return Path(self._store.client.download_artifacts(version.run_id, stored, folder))
+        except OSError as error:  # of a file that is gone, or of a server's answer
+            raise RegistryError(
+                f"{version.uri} must have {stored} in the registry, but: {without_passwords(str(error))}; register it "
+                "again, or check that the registry can be reached"
+            ) from error
 
     def _add_finalists(
         self, experiment: str, undo: ExitStack, parent: str, finalists: Mapping[str, Mapping[str, float | str]]

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 def resolve(reference: str) -> Profile:
     """The profile that models:/NAME@ALIAS or models:/NAME/VERSION names, in the registry at `$MLFLOW_TRACKING_URI`.
 
-    With `AUTOTUNE_OFFLINE=1`, what the cache has under that name. Raises RegistryError.
+    An alias names what the registry has under it now: after a promotion that was cut off, what it named before, until
+    the promotion is made good where its log lies. With `AUTOTUNE_OFFLINE=1`, what the cache has under that name. Raises
+    RegistryError.
     """
     return pull(reference).profile
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any
 
-from autotune.config import AutotuneError
+from autotune.config import DrivenError
 from autotune.mirror import Mirror
 from autotune.objective import Told, steering
 from autotune.ranges import Draw, Range, random_draw
@@ -100,16 +100,13 @@ class Study:
     def driven(self) -> Iterator[Callable[[], None]]:
         """Be the one process that begins this study and ends it; yields what shows that it still is.
 
-        Raises AutotuneError where another one lives.
+        Raises DrivenError where another one lives.
         """
 
         def show() -> None:
             other = self.leases.drive(self._worker)
             if other is not None:
-                raise AutotuneError(
-                    f"one process at a time may drive a study, but {other} drives {self.name}; let it end, or join it "
-                    f"with autotune worker --study {self.name}"
-                )
+                raise DrivenError(self.name, other)
 
         show()
         try:

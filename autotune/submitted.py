@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,9 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from autotune.config import MIN_TRIALS, AutotuneError
 
-__all__ = ["REFERENCE", "JobSettings", "Place", "Roots", "Whole"]
+__all__ = ["REFERENCE", "REGISTRY", "JobSettings", "Place", "Roots", "Whole"]
 
 REFERENCE = "reference-vlm"
+REGISTRY = "MLFLOW_TRACKING_URI"
 _ABOVE_ZERO = r"(0?\.[0-9]{0,6}[1-9][0-9]{0,6}|[1-9][0-9]{0,5}(\.[0-9]{1,6})?)"
 _SHARE = r"(0?\.[0-9]{0,6}[1-9][0-9]{0,6}|1(\.0{1,6})?)"
 _RELATIVE = "relative to the folder that the service was started with"
@@ -50,7 +51,7 @@ class JobSettings(BaseModel):
         description="Least share of its dense accuracy that the worst task must keep.",
         examples=["worst_task>=0.95"],
     )
-    margin: float = Field(0.02, gt=0, le=0.5, description="Macro accuracy below dense that a certified plan may be.")
+    margin: float = Field(0.02, gt=0, le=0.1, description="Macro accuracy below dense that a certified plan may be.")
     finalists: Whole = Field(4, ge=1, le=8, description="Plans to certify, best first.")
     learn: bool = Field(False, description="Try a plan learned by gradient too.")
     workers: Whole = Field(1, ge=1, le=16, description="Processes that try trials.")
@@ -109,19 +110,29 @@ def _inside(root: Path | None, what: str, text: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where jobs run, and what they write to. home: a folder; registry: address of MLflow's."""
+    """Where jobs run, and what they write to. home: a folder; registry: MLflow's address, perhaps with a password."""
 
     home: Path
     registry: str
     roots: Roots = Roots()
 
-    def arguments(self, settings: JobSettings, job: str) -> Sequence[str]:
-        """What follows `autotune` on the command line that runs a job. Raises AutotuneError as `Roots.files`."""
+    def environment(self) -> Mapping[str, str]:
+        """What whoever runs a job is told beside the command line, which anybody on its host can read."""
+        return {REGISTRY: self.registry}
+
+    def arguments(self, settings: JobSettings, job: str, promoter: str | None) -> Sequence[str]:
+        """What follows `autotune` on the command line that runs a job. Raises AutotuneError as `Roots.files`.
+
+        promoter: who stands in the log for what the job promotes; None where it may promote nothing.
+        """
         files = self.roots.files(settings)
         options = settings.model_dump(exclude={"model", "data", "learn"}, exclude_none=True)
-        options |= {"out": self.home.absolute() / "jobs" / job, "registry": self.registry, "progress": "jsonl"}
+        options |= {"out": self.home.absolute() / "jobs" / job, "progress": "jsonl"}
         if files is not None:
             options |= {"model": files[0], "data": files[1]}
+        if promoter is not None:
+            options |= {"who": promoter}
         words = [f"--{name}={value}" for name, value in options.items()]
-        flags = ["--until-stdin-closes", *(["--learn"] if settings.learn else [])]
+        flags = ["--until-stdin-closes", "--no-promote" if promoter is None else "--promote"]
+        flags += ["--learn"] if settings.learn else []
         return ["demo" if files is None else "tune", *words, *flags]

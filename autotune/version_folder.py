@@ -75,9 +75,15 @@ def manifest_of(folder: Path, digest: str) -> dict[str, dict[str, Any]]:
     """What the manifest says of every file, by name. Raises ProfileError unless it is the one of this digest."""
     stored = read_object(folder / MANIFEST_FILE)
     files = verify(stored, folder / MANIFEST_FILE).get("files")
-    if stored["sha256"] != digest or not isinstance(files, dict):
+    if stored["sha256"] != digest:
         raise ProfileError(f"the manifest must have SHA-256 {digest}, got {stored['sha256']}")
+    if not isinstance(files, dict) or not all(_is_told(each) for each in files.values()):
+        raise ProfileError("the manifest must tell sha256 and bytes of every file, but does not")
     return files
+
+
+def _is_told(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
 
 
 def check_folder(folder: Path, sha256: str, manifest: str, whose: str) -> Profile:
@@ -94,7 +100,11 @@ def check_folder(folder: Path, sha256: str, manifest: str, whose: str) -> Profil
         if differing := sorted({*files, MANIFEST_FILE} ^ {*_names(folder), MANIFEST_FILE}):
             raise _damaged(whose, f"{', '.join(differing)} must be there if, and only if, the manifest names it")
         for name, told in files.items():
-            if file_digest(folder / name) != told["sha256"]:
+            try:
+                actual = file_digest(folder / name)
+            except OSError as error:
+                raise _damaged(whose, f"{name} cannot be read ({error.strerror})") from error
+            if actual != told["sha256"]:
                 raise _damaged(whose, f"{name} must have SHA-256 {told['sha256']}")
     return check_file(folder / PROFILE, sha256, whose)
 

@@ -34,7 +34,9 @@ def _texts(profile: Profile) -> dict[str, str]:
     told = {name: str(profile.evidence.get(name, "")) for name in ("study", "limit", "code_version")}
     data = profile.evidence.get("data")
     device = {"device": profile.device.slug, "device_name": profile.device.name, "dtype": profile.device.dtype}
-    return {**told, **device, "data_digest": sha256_of(data) if data else ""}
+    measured = part_of(profile.evidence, "latency")
+    how = {name: str(measured.get(name, "")) for name in ("metric", "quantile")}
+    return {**told, **device, **how, "data_digest": sha256_of(data) if data else ""}
 
 
 def _numbers(profile: Profile) -> dict[str, float]:
@@ -42,20 +44,28 @@ def _numbers(profile: Profile) -> dict[str, float]:
     latency = part_of(profile.evidence, "latency")
     ratio = part_of(latency, "ratio") or part_of(part_of(profile.evidence, "certificate"), "latency")
     measured = part_of(latency, "ms")
-    rows = {row.get("name"): row for row in profile.evidence.get("rows", ())}
-    dense, tuned = rows.get("dense", {}), rows.get("tuned", {})
+    dense, tuned = (_row(profile, name) for name in ("dense", "tuned"))
     by_task = part_of(dense, "by_task")
-    kept = [value / by_task[task] for task, value in part_of(tuned, "by_task").items() if by_task.get(task)]
-    macro, dense_macro = part_of(tuned, "macro").get("value"), part_of(dense, "macro").get("value")
+    kept = [_share(value, by_task.get(task)) for task, value in part_of(tuned, "by_task").items()]
     found = {
-        "retention": macro / dense_macro if macro is not None and dense_macro else None,
-        "worst_task_retention": min(kept, default=None),
+        "retention": _share(part_of(tuned, "macro").get("value"), part_of(dense, "macro").get("value")),
+        "worst_task_retention": min((each for each in kept if each is not None), default=None),
         "ratio": ratio.get("value"),
         "ratio_high": ratio.get("high"),
         "latency_ms": measured.get("value"),
         "latency_high_ms": measured.get("high"),
     }
     return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+def _row(profile: Profile, name: str) -> Mapping[str, Any]:
+    rows = profile.evidence.get("rows")
+    named = (row for row in rows if isinstance(row, Mapping)) if isinstance(rows, list) else ()
+    return next((row for row in named if row.get("name") == name), {})
+
+
+def _share(value: Any, of: Any) -> float | None:
+    return value / of if isinstance(value, int | float) and isinstance(of, int | float) and of else None
 
 
 def part_of(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

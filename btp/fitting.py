@@ -32,7 +32,7 @@ def check_fit(profile: Profile, anatomy: Anatomy, allow_device: bool) -> None:
         if run:
             ways.append("load the model with that dtype and attn_implementation")
         if device and not allow_device:
-            ways.append("pass allow_device=True to go without a certified latency")
+            ways.append(_way_to_the_device(profile, anatomy))
         found = "; ".join([*model, *run, *device])
         raise ProfileError(
             f"a profile must fit the model and the device, but it was made for {found}; {', '.join(ways)}"
@@ -41,6 +41,16 @@ def check_fit(profile: Profile, anatomy: Anatomy, allow_device: bool) -> None:
         warnings.warn(
             f"the profile's latency is not certified here: it was measured on {'; '.join(device)}", stacklevel=4
         )
+
+
+def _way_to_the_device(profile: Profile, anatomy: Anatomy) -> str:
+    """What can be done about another device: of all that tells one, only the threads can be set from here."""
+    anyway = "pass allow_device=True to go without a certified latency"
+    wanted, here = asdict(profile.device), device_here(anatomy)
+    differing = {name for name in here if wanted[name] != here[name]}
+    if "threads" not in differing or not (wanted["threads"] and here["threads"]):
+        return anyway
+    return f"call torch.set_num_threads({wanted['threads']}){', or' if differing == {'threads'} else ' and'} {anyway}"
 
 
 def kernel_here(anatomy: Anatomy) -> Mapping[str, Any]:

@@ -59,7 +59,12 @@ def verify(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
             f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}, the newest known here; upgrade btp"
         )
     body = {key: value for key, value in data.items() if key != _SEAL}
-    stored, actual = data.get(_SEAL), sha256_of(body)
+    try:
+        stored, actual = data.get(_SEAL), sha256_of(body)
+    except (ValueError, RecursionError) as error:  # Python reads numbers that JSON does not have
+        raise ProfileError(
+            f"{path}: must hold finite numbers, not too deep, but: {error}; fetch it again from where it was published"
+        ) from error
     if stored != actual:
         raise ProfileError(
             f"{path}: the content's SHA-256 must be the stored one ({stored}), but is {actual}; "

@@ -25,6 +25,7 @@ __all__ = [
     "MarginOption",
     "ModelOption",
     "OutOption",
+    "PromoteOption",
     "RegistryOption",
     "RepeatsOption",
     "SamplerOption",
@@ -32,6 +33,7 @@ __all__ = [
     "StorageOption",
     "ThreadsOption",
     "TrialsOption",
+    "WhoOption",
     "WorkersOption",
 ]
 
@@ -57,7 +59,7 @@ StorageOption = Annotated[
     str | None,
     typer.Option(
         envvar=STORAGE,
-        help="Database of the study, for workers on several hosts: postgresql+psycopg://…; default: SQLite in --out.",
+        help="Database of the study, for workers on several hosts: postgresql+psycopg://…; default: an SQLite file.",
     ),
 ]
 RepeatsOption = Annotated[int, typer.Option(min=4, help="Pairs of a latency measurement.")]
@@ -71,6 +73,13 @@ GuardOption = Annotated[
 MarginOption = Annotated[float, typer.Option(min=0.0, help="Macro accuracy below dense that a certified plan may be.")]
 FinalistsOption = Annotated[int, typer.Option("--finalists", min=1, max=8, help="Plans to certify, best first.")]
 LearnOption = Annotated[bool, typer.Option("--learn", help="Try a plan learned by gradient too; takes minutes.")]
-RegistryOption = Annotated[str | None, typer.Option("--registry", help="MLflow address; default: SQLite in --out.")]
+RegistryOption = Annotated[
+    str | None,
+    typer.Option("--registry", envvar="MLFLOW_TRACKING_URI", help="MLflow address; default: an SQLite file."),
+]
+PromoteOption = Annotated[
+    bool, typer.Option("--promote/--no-promote", help="Make what is certified champion of its device.")
+]
+WhoOption = Annotated[str, typer.Option(help="Who promotes, for the log; default: this process.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

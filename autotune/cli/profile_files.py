@@ -135,27 +135,31 @@ def verify(
 
 def _claimed(found: Pulled) -> float | None:
     """Macro accuracy on held-out pictures, as the certificate has it."""
-    macro = (found.profile.evidence.get("certificate") or {}).get("macro")
-    return None if macro is None else float(macro["value"])
+    from autotune.version_tags import part_of
+
+    macro = part_of(part_of(found.profile.evidence, "certificate"), "macro").get("value")
+    return float(macro) if isinstance(macro, int | float) else None
 
 
 def _verdict(
     found: Pulled, files: dict[str, str], claimed: float | None, reached: float | None, same: bool
 ) -> list[str]:
+    from autotune.version_tags import part_of
+
     profile = found.profile
     lines = [f"{digest}  {name}" for name, digest in files.items()]
     lines.append(f"{found.resolution.uri}: {len(files)} files, every one as it was registered")
     lines.append("certified" if profile.certified else f"NOT certified: {'; '.join(profile.uncertified_because)}")
-    certificate = profile.evidence.get("certificate") or {}
+    certificate = part_of(profile.evidence, "certificate")
     if claimed is not None:
         lines.append(
             f"it claims {claimed:.3f} macro accuracy on {certificate.get('num_pictures', '?')} held-out pictures"
         )
-    if latency := certificate.get("latency"):
-        limit = certificate.get("limit")
+    high, limit = part_of(certificate, "latency").get("high"), certificate.get("limit")
+    if isinstance(high, int | float):
         lines.append(
-            f"and at most {latency['high']:.3f} of dense's latency on {profile.device.name}"
-            + ("" if limit is None else f", limit {limit:.3f}")
+            f"and at most {high:.3f} of dense's latency on {profile.device.name}"
+            + (f", limit {limit:.3f}" if isinstance(limit, int | float) else "")
         )
     if reached is not None:
         told = "nothing" if claimed is None else f"{claimed:.3f}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from autotune.cli.console import errors, plain, print_tables
 from autotune.cli.options import DebugOption, JsonOption
+from autotune.config import STORAGE, AutotuneError
 
 if TYPE_CHECKING:
     from autotune.profile_cache import Pulled
@@ -47,7 +49,7 @@ def list_versions(
 ) -> None:
     """List registered versions, newest first: device, certificate, limit, accuracy kept, latency."""
     with errors(debug):
-        versions = registry_at(registry).versions(name)
+        versions = settled(registry, name).versions(name)
         found = [v for v in versions if device.lower() in f"{v.device} {v.device_name}".lower()]
         if as_json:
             print(json.dumps([asdict(version) for version in found]))
@@ -62,20 +64,24 @@ def best(
     max_latency_ms: Annotated[float, typer.Option(min=0.0, help="What its upper bound must keep to.")],
     device: HERE = "",
     name: Annotated[str | None, typer.Option(help="Of this name only.")] = None,
+    metric: Annotated[Literal["prefill", "ttft"], typer.Option(help="Which latency.")] = "prefill",
+    quantile: Annotated[Literal["p50", "p95"], typer.Option(help="Of that latency.")] = "p50",
     registry: RegistryAddress = DEMO,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Answer which certified version to use: the one that keeps most accuracy within a latency."""
     with errors(debug):
-        from autotune.registered import best_of
+        from autotune.portfolio import best_of
 
-        versions = registry_at(registry).versions(name)
-        found = best_of(versions, max_latency_ms, device)
+        there = settled(registry, name)
+        versions = there.versions(name)
+        asked = {"device": device, "metric": metric, "quantile": quantile}
+        found = best_of(versions, there.profile, max_latency_ms=max_latency_ms, **asked)
         if as_json:
             print(json.dumps(asdict(found)))
             return
-        others = [v for v in versions if v.certified and v.latency_high_ms is not None and v != found]
+        others = [v for v in versions if v.certified and v.latency_high_ms is not None and v.uri != found.uri]
         print_tables([plain("")], HEADINGS, [[_cells(found)]], [], WIDTH)
         say(f"use {found.uri}" + (f"; other certified ones: {', '.join(v.uri for v in others)}" if others else ""))
 
@@ -140,11 +146,33 @@ def registry_at(address: str) -> Registry:
     return Registry(address)
 
 
+def settled(address: str, name: str | None) -> Registry:
+    """The registry, its aliases where the log says, if the log's database is at hand: by its variable, or beside it.
+
+    A host that only pulls has none, and one that cannot reach it is told so and goes on.
+    """
+    registry = registry_at(address)
+    storage = os.environ.get(STORAGE) or None
+    if storage is None and (registry.file is None or not registry.file.with_name("study.db").exists()):
+        return registry
+    try:
+        from autotune.profiles import Profiles, promotion_database
+    except ModuleNotFoundError:
+        return registry
+    try:
+        Profiles(registry, promotion_database(registry, storage)).settle(name)
+    except AutotuneError as error:
+        typer.echo(f"aliases are as the registry has them; the log of promotions could not be asked: {error}", err=True)
+    return registry
+
+
 def pulled(reference: str, registry: str, offline: bool) -> Pulled:
     """A version in the cache; whoever goes offline is told how old the alias's resolution is."""
     from autotune.profile_cache import ProfileCache
+    from autotune.registered import Reference
 
-    found = ProfileCache().pull(reference, registry_at(registry), offline=offline)
+    there = registry_at(registry) if offline else settled(registry, Reference.parse(reference).name)
+    found = ProfileCache().pull(reference, there, offline=offline)
     if offline:
         typer.echo(f"offline: {reference} is {found.resolution.uri}, {found.resolution.age}", err=True)
     return found
@@ -181,12 +209,14 @@ def _bounded(value: float | None, high: float | None, digits: int) -> str:
 
 def _described(profile: Profile) -> Iterator[tuple[str, str]]:
     """What there is to say of a profile, a heading with each."""
+    from autotune.version_tags import part_of
+
     yield "plan", "; ".join(_stages(profile)) or "dense"
     yield "positions", profile.plan.positions
     for part in ("model", "workload", "device"):
         yield part, _said(asdict(getattr(profile, part)))
     yield "certified", "yes" if profile.certified else f"no: {'; '.join(profile.uncertified_because)}"
-    certificate = profile.evidence.get("certificate") or {}
+    certificate = part_of(profile.evidence, "certificate")
     for key in ("macro", "minus_dense", "worst_task", "retention", "latency", "limit", "margin"):
         if certificate.get(key) is not None:
             yield key, _said(certificate[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from autotune.cli.console import bar
+from autotune.job_process import SILENCE_S
 
 __all__ = ["Kind", "ProgressOption", "Shown", "UntilOption", "end_with_parent", "showing"]
 
@@ -29,11 +31,15 @@ GRACE_S = 20.0  # for a process whose parent is gone
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """step: of every step, as `autotune.job.Progress`. opened: of the study's name. over: of the outcome."""
+    """step: of every step, as `autotune.job.Progress`. opened: of the study's name. over: of the outcome.
+
+    driven: of a study that another process drives, so that this one ends.
+    """
 
     step: Callable[[str, int, int, float | None], None]
     opened: Callable[[str], None]
     over: Callable[[dict[str, Any]], None]
+    driven: Callable[[str], None]
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def showing(kind: Kind, target: int, num_steps: int, quiet: bool) -> Iterator[Sh
     if kind == "jsonl":
         yield _lines(target, num_steps)
     elif kind == "none":
-        yield Shown(lambda *_: None, lambda _: None, lambda _: None)
+        yield Shown(lambda *_: None, lambda _: None, lambda _: None, lambda _: None)
     else:
         with bar() as progress:
             line = progress.add_task("reading the data", total=num_steps, told="")
@@ -56,7 +62,7 @@ def showing(kind: Kind, target: int, num_steps: int, quiet: bool) -> Iterator[Sh
                     text = f"study {study}; others may join: autotune worker --study {study}"
                     progress.console.print(text, markup=False)
 
-            yield Shown(step, opened, lambda _: None)
+            yield Shown(step, opened, lambda _: None, lambda _: None)
 
 
 def _lines(target: int, num_steps: int) -> Shown:
@@ -69,18 +75,25 @@ def _lines(target: int, num_steps: int) -> Shown:
     def say(data: dict[str, Any]) -> None:
         print(json.dumps(data), flush=True)
 
-    return Shown(step, studies.append, lambda outcome: say({"event": "outcome", **outcome}))
+    return Shown(
+        step,
+        studies.append,
+        lambda outcome: say({"event": "outcome", **outcome}),
+        lambda study: say({"event": "driven", "study": study}),
+    )
 
 
 def end_with_parent() -> None:
     """Have this process end as by SIGTERM when standard input does, which is when whoever holds its other end ends.
 
-    Where it does not in time, it and all that it started are killed, if it leads a group of its own.
+    Also where something came there before and nothing more does: that one may be stopped, and another at work instead.
+    Where it does not end in time, it and all that it started are killed, if it leads a group of its own.
     """
 
     def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
+        there, patience_s = sys.stdin.fileno(), None
+        while select.select([there], [], [], patience_s)[0] and os.read(there, 4096):
+            patience_s = SILENCE_S
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_S)
         os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os.kill(os.getpid(), signal.SIGKILL)

@@ -97,21 +97,13 @@ def _cells(row: Promotion) -> tuple[str, ...]:
 
 def _profiles(address: str, storage: str | None) -> Profiles:
     try:
-        from autotune.profiles import Profiles
-        from autotune.store import Database
+        from autotune.profiles import Profiles, promotion_database
     except ModuleNotFoundError as error:
         raise AutotuneError(f"to promote takes the tuner, but: {error}; pip install 'btp-autotune[tune]'") from error
     registry = registry_at(address)
-    if storage is None:
-        if registry.file is None:
-            raise AutotuneError(
-                f"the log of promotions needs a database beside a server, got none for {registry.address}; name the "
-                f"studies' one with --storage or {STORAGE}"
-            )
-        if not registry.file.exists():
-            raise AutotuneError(f"a registry must exist before one can promote in it, got {registry.address}")
-        storage = f"sqlite:///{registry.file.with_name('study.db')}"
-    return Profiles(registry, Database(storage))
+    if storage is None and registry.file is not None and not registry.file.exists():
+        raise AutotuneError(f"a registry must exist before one can promote in it, got {registry.address}")
+    return Profiles(registry, promotion_database(registry, storage))
 
 
 def _tell(done: Promotion, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from autotune.cli.options import (
     MarginOption,
     ModelOption,
     OutOption,
+    PromoteOption,
     RegistryOption,
     RepeatsOption,
     SamplerOption,
@@ -34,11 +35,12 @@ from autotune.cli.options import (
     StorageOption,
     ThreadsOption,
     TrialsOption,
+    WhoOption,
     WorkersOption,
 )
 from autotune.cli.progress import Kind, ProgressOption, UntilOption, end_with_parent, showing
 from autotune.cli.service import HomeOption, ModelsOption, run_jobs
-from autotune.config import STORAGE, AutotuneError, CompareConfig, JobConfig, Limit
+from autotune.config import STORAGE, AutotuneError, CompareConfig, DrivenError, JobConfig, Limit
 
 if TYPE_CHECKING:
     from autotune.job import Pool
@@ -65,6 +67,8 @@ def demo(
     device: DeviceOption = "cpu",
     storage: StorageOption = None,
     registry: RegistryOption = None,
+    promote: PromoteOption = True,
+    who: WhoOption = "",
     progress: ProgressOption = "bar",
     as_json: JsonOption = False,
     until_stdin_closes: UntilOption = False,
@@ -95,6 +99,8 @@ def demo(
             margin=margin,
             num_finalists=num_finalists,
             learn=learn,
+            promote=promote,
+            who=who,
         )
         pool = _pool(workers, CORES if device == "cpu" else workers)
         _run_job(config, pool, progress, as_json, until_stdin_closes)
@@ -125,6 +131,8 @@ def tune(
     device: DeviceOption = "cpu",
     storage: StorageOption = None,
     registry: RegistryOption = None,
+    promote: PromoteOption = True,
+    who: WhoOption = "",
     progress: ProgressOption = "bar",
     as_json: JsonOption = False,
     until_stdin_closes: UntilOption = False,
@@ -153,6 +161,8 @@ def tune(
             margin=margin,
             num_finalists=num_finalists,
             learn=learn,
+            promote=promote,
+            who=who,
             plans=tuple(plan or ()),
         )
         pool = _pool(workers, CORES if device == "cpu" else workers, ray, gpus_per_worker)
@@ -359,7 +369,11 @@ def _run_job(config: JobConfig, pool: Pool | None, kind: Kind, as_json: bool, un
     if until_stdin_closes:
         end_with_parent()
     with showing(kind, config.num_trials, config.num_trials + job.STEPS_AFTER, quiet=as_json) as shown:
-        outcome = job.run(config, data.load_splits(config.data), shown.step, pool, shown.opened)
+        try:
+            outcome = job.run(config, data.load_splits(config.data), shown.step, pool, shown.opened)
+        except DrivenError as error:
+            shown.driven(error.study)
+            raise
         shown.over(outcome.to_dict())
     if as_json:
         print(json.dumps(outcome.to_dict()))

@@ -10,12 +10,13 @@ import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
-from autotune.server.auth import Reader, Submitter
+from autotune.server.auth import Canceller, Reader, Submitter
 from autotune.server.problems import declared
 from autotune.server.schemas import JobId, JobPage, JobView
-from autotune.server.service import Service, ServiceParameter
-from autotune.store import FINAL, JobEvent, StoreError, Submission
+from autotune.server.service import ServiceParameter
+from autotune.store import StoreError, Submission
 from autotune.submitted import JobSettings
 
 __all__ = ["router"]
@@ -77,8 +78,13 @@ def get(job: JobId, key: Reader, service: ServiceParameter) -> JobView:
 
 
 @router.post("/{job}/cancel", status_code=202, operation_id="cancelJob", responses=declared(404, 413, 415, 422))
-def cancel(job: JobId, key: Submitter, service: ServiceParameter) -> JobView:
-    """Have a job end, if it has not: at once where it waits, soon where it runs."""
+def cancel(job: JobId, key: Canceller, service: ServiceParameter) -> JobView:
+    """Have a job end, if it has not: at once where it waits, soon where it runs. Another key's job takes `promote`."""
+    by = service.submissions.get(job).by
+    if by != key.name and "promote" not in key.scopes:
+        raise HTTPException(
+            403, f"a job must be of the key that cancels it, or that key have promote among its scopes; it is {by}'s"
+        )
     return JobView.model_validate(service.submissions.cancel(job))
 
 
@@ -86,10 +92,17 @@ def _found(job: JobId, key: Reader, service: ServiceParameter) -> Submission:
     return service.submissions.get(job)
 
 
+async def _counted(key: Reader, service: ServiceParameter) -> AsyncIterator[None]:
+    """As one of the key's open streams, until the answer has ended."""
+    with service.streams.opened(key.name):
+        yield
+
+
 @router.get(
     "/{job}/events",
     operation_id="followJob",
     response_class=EventSourceResponse,
+    dependencies=[Depends(_counted)],
     responses={
         200: {"description": "Server-sent events `state` and `progress`, with JSON as data, until the job has ended."},
         **declared(404, 422),
@@ -104,7 +117,7 @@ async def follow(
     last, until = last_event_id, time.monotonic() + STREAM_S
     while not service.stopping.is_set() and time.monotonic() < until:
         try:
-            is_over, events = await run_in_threadpool(_news, service, job.id, last)
+            is_over, events = await run_in_threadpool(service.submissions.news, job.id, last)
         except StoreError:  # whoever follows comes again
             return
         for event in events:
@@ -113,9 +126,3 @@ async def follow(
         if is_over:
             return
         await anyio.sleep(POLL_S)
-
-
-def _news(service: Service, job: str, last: int) -> tuple[bool, list[JobEvent]]:
-    """Whether it had ended before its events were read: then they are all."""
-    is_over = service.submissions.get(job).state in FINAL
-    return is_over, service.submissions.events(job, last)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from autotune.config import AutotuneError
+from autotune.redaction import redacted, without_passwords
 from autotune.registered import GateError, NotRegisteredError, RegistryError
 from autotune.store import ConflictError, NoSubmissionError, StoreError
 from btp.errors import ProfileError
@@ -108,8 +109,8 @@ def _pointer(place: tuple[int | str, ...]) -> str:
 def _known(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, error: Exception) -> Response:
         if status != HTTPStatus.SERVICE_UNAVAILABLE:
-            return answer(status, str(error))
-        logger.error("%s %s: %s", request.method, request.url.path, error)
+            return answer(status, redacted(str(error)) if isinstance(error, RegistryError) else str(error))
+        logger.error("%s %s: %s", request.method, request.url.path, without_passwords(str(error)))
         what = "database" if isinstance(error, StoreError) else "registry"
         return answer(status, f"the {what} could not be asked; try again", {"Retry-After": str(RETRY_S)})
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from starlette.exceptions import HTTPException
 
-from autotune.registered import RegistryError, Version, best_of
+from autotune.registered import ALIAS, Version
 from autotune.server.auth import Promoter, Reader
 from autotune.server.problems import declared
 from autotune.server.schemas import (
-    ALIAS,
     MODEL_NAME,
     AliasPath,
     ModelPath,
@@ -47,12 +45,9 @@ def best(
     device: Annotated[str, Query(max_length=250, description="A part of the device's name.")] = "",
     name: Name = None,
 ) -> VersionView:
-    """The certified profile that keeps most accuracy within a latency."""
-    listed = service.profiles.list(name)
-    try:
-        return VersionView.model_validate(best_of(listed, max_latency_ms, device))
-    except RegistryError as error:
-        raise HTTPException(404, str(error)) from error
+    """The certified profile that keeps most accuracy within a latency, the median of a prefill's."""
+    found = service.profiles.best(max_latency_ms=max_latency_ms, device=device, name=name)
+    return VersionView.model_validate(found)
 
 
 @router.get("/{name}/aliases/{alias}", operation_id="getProfileByAlias", responses=declared(404, 422))

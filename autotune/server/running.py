@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
 from autotune.config import AutotuneError
+from autotune.redaction import without_passwords
+from autotune.registered import RegistryError
 from autotune.server.app import create_app
 from autotune.server.service import Service, Settings
 from autotune.stopping import stopping
+from autotune.store import StoreError
+from autotune.store.promotions import unsettled_names
 
 __all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
 
 DRAIN_S = 5  # for what is being answered when the server is to end
 KEEP_ALIVE_S = 15
@@ -27,6 +35,7 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
     app = create_app(settings)
     service: Service = app.state.service
     service.submissions.counts()  # the database must be there, with its tables, before anybody asks
+    threading.Thread(target=_settle, args=(service,), daemon=True).start()
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -43,6 +52,15 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
         say(f"http://{address}:{listener.getsockname()[1]}")
         with stopping():  # uvicorn raises the signal again when it is done
             _Server(config, service).run([listener])
+
+
+def _settle(service: Service) -> None:
+    """Have aliases follow the log where a promotion was broken off; where it cannot be now, whoever asks next does."""
+    try:
+        if unsettled_names(service.database):
+            service.profiles.list()
+    except (RegistryError, StoreError) as error:
+        logger.warning("promotions that were broken off are left as they are: %s", without_passwords(str(error)))
 
 
 class _Server(uvicorn.Server):

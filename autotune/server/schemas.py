@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
+from autotune.registered import ALIAS
 from autotune.submitted import REFERENCE, Whole
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 
 MODEL_NAME = r"^[^\x00-\x20\x7f-\x9f/:@%?#]{1,250}$"
 STUDY_NAME = r"^[^\x00-\x1f\x7f-\x9f/]{1,250}$"
-ALIAS = "^[A-Za-z0-9][A-Za-z0-9_-]{0,249}$"
 LARGEST = 2**31 - 1
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="Of a job.")]

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from autotune.profiles import Profiles
 from autotune.registry import Registry
-from autotune.server.limits import Rate
+from autotune.server.limits import Rate, Streams
 from autotune.store import Database, Keys, Studies, Submissions
 from autotune.submitted import Place
 
@@ -25,7 +25,7 @@ class Settings:
     """What a server is started with. storage: address of the database.
 
     rate: what a key may ask for, such as "120/minute"; failed_rate: how often an address may come without a good one.
-    Each server counts for itself.
+    streams: how many a key may have open. Each server counts for itself.
     """
 
     storage: str
@@ -33,18 +33,20 @@ class Settings:
     max_body_bytes: int = 65536
     rate: str = "120/minute"
     failed_rate: str = "20/minute"
+    streams: int = 8
 
 
 class Service:
     """The parts of one running server. Raises AutotuneError for settings that cannot be.
 
-    rate, failed: requests by key, and failed attempts by address. stopping: set once it is to end,
-    for what would go on else.
+    rate, streams: requests, and open streams, by key. failed: failed attempts by address. stopping: set once it is to
+    end, for what would go on else.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.stopping = settings, threading.Event()
         self.rate, self.failed = Rate(settings.rate), Rate(settings.failed_rate)
+        self.streams = Streams(settings.streams)
         self.database = Database(settings.storage, PATIENCE_S)
         self.keys, self.submissions = Keys(self.database), Submissions(self.database)
         self.studies = Studies(self.database)

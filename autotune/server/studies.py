@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,6 @@ from autotune.server.problems import declared
 from autotune.server.schemas import PlanView, StudyDetail, StudyFront, StudyPage, StudyPath, StudyView
 from autotune.server.service import Service, ServiceParameter
 from autotune.store import StudyRow
-from btp.plan import Plan
 
 if TYPE_CHECKING:
     from autotune.objective import Told
@@ -71,13 +69,9 @@ def _told_of(row: StudyRow) -> dict[str, Any]:
 
 
 def _told(service: Service, study: str) -> list[Told]:
-    return [_trial(record) for record in service.studies.records(study)]
-
-
-def _trial(record: Mapping[str, Any]) -> Told:
     from autotune.objective import Told  # with SciPy, which no server has to wait for when it starts
 
-    return Told(**{**record, "plan": Plan.from_dict(record["plan"]), "looks": tuple(map(tuple, record["looks"]))})
+    return [Told.from_dict(record) for record in service.studies.records(study)]
 
 
 def _plan(told: Told) -> PlanView:

@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError, TimeoutError
 from sqlalchemy.pool import NullPool
 
 from autotune.config import AutotuneError, check_sqlite
 
-__all__ = ["Database", "StoreError", "begin_immediately"]
+__all__ = ["BusyError", "Database", "StoreError", "begin_immediately"]
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0  # how long a database may be away in the middle of a study
 FIRST_PATIENCE_S = 10.0  # and at first, when the address may be wrong
 SQLITE_WAIT_S = 60.0  # for another process's transaction
+IDLE_S = 15.0  # in a transaction, between two statements
+POOL_WAIT_S = 30.0  # for a connection that another thread has
 MIGRATIONS = Path(__file__).parent / "migrations"
 TABLES = "tables"  # the lock of whoever makes some
+LOCK_NOT_AVAILABLE = "55P03"  # PostgreSQL's, once lock_timeout is over
 FULL = ("database or disk is full", "No space left on device", "could not extend file")
 
 Result = TypeVar("Result")
@@ -37,6 +40,10 @@ _RULE = "--storage must begin with sqlite:/// or postgresql+psycopg://, got {}; 
 
 class StoreError(AutotuneError):
     """The database stayed away, or is full."""
+
+
+class BusyError(StoreError):
+    """Another process holds a lock, for longer than one was to wait."""
 
 
 class Database:
@@ -82,16 +89,30 @@ class Database:
             check_sqlite(self.file)
             self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            engine = create_engine(self._url, pool_size=2, max_overflow=2)
+            engine = create_engine(self._url, pool_size=2, max_overflow=2, **self.waits)
         except (ImportError, NoSuchModuleError) as error:
             raise AutotuneError(
                 f"--storage needs a driver for {self}: {error}; try pip install 'psycopg[binary]'"
             ) from error
         if self.file is not None:
-            begin_immediately(engine)
+            begin_immediately(engine, min(SQLITE_WAIT_S, self._patience_s))
         weakref.finalize(self, engine.dispose)
         self._patiently(functools.partial(self._set_up, engine), FIRST_PATIENCE_S)
         return engine
+
+    @property
+    def waits(self) -> dict[str, Any]:
+        """Settings of an engine that is not waited for much longer than the patience lasts, nor has others wait.
+
+        A process that is paused in the middle of a transaction loses it after `IDLE_S`, and with it what it locks.
+        """
+        pool = {"pool_timeout": min(POOL_WAIT_S, self._patience_s)}
+        if self.file is not None:
+            return pool
+        own = self._url.query.get("options", "")
+        options = f"{own} -c idle_in_transaction_session_timeout={int(1000 * IDLE_S)}"
+        connect_timeout = max(2, int(min(FIRST_PATIENCE_S, self._patience_s)))
+        return {**pool, "connect_args": {"connect_timeout": connect_timeout, "options": options}}
 
     def run(self, work: Callable[[Connection], Result]) -> Result:
         """What `work` returns, all it did in one transaction.
@@ -112,26 +133,41 @@ class Database:
         return self._patiently(work, self._patience_s)
 
     @contextmanager
-    def locked(self, key: str) -> Iterator[None]:
-        """One process at a time inside, of all that name this key; one that dies lets go of it."""
+    def locked(self, key: str, wait_s: float | None = None) -> Iterator[None]:
+        """One process at a time inside, of all that name this key; one that dies lets go of it.
+
+        So does one that PostgreSQL loses the connection of, which is not told: nothing may hang on the lock alone.
+        Raises BusyError where another holds it for longer than `wait_s`, by default never.
+        """
         _ = self.engine  # the folder of an SQLite file is there then
-        with self._patiently(functools.partial(self._lock, key), self._patience_s):
+        with self._patiently(functools.partial(self._lock, key, wait_s), self._patience_s):
             yield
 
     def setting_up(self) -> AbstractContextManager[None]:
         """One process at a time makes tables, whoever else starts at the same moment."""
         return self.locked(TABLES)
 
-    def _lock(self, key: str) -> AbstractContextManager[Any]:
+    def _lock(self, key: str, wait_s: float | None = None) -> AbstractContextManager[Any]:
         """Wait for the lock; what this returns lets go of it. Not of the pool: all its connections may be waiting."""
         digest = hashlib.sha256(key.encode()).digest()
         if self.file is not None:
-            return FileLock(f"{self.file}.{digest.hex()[:16]}.lock", mode=0o666).acquire()
+            try:
+                lock = FileLock(f"{self.file}.{digest.hex()[:16]}.lock", mode=0o666)
+                return lock.acquire(timeout=-1 if wait_s is None else wait_s)
+            except Timeout:
+                raise _busy(key, wait_s) from None
         with ExitStack() as stack:
             engine = create_engine(self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
             connection = stack.enter_context(engine.connect())
             number = int.from_bytes(digest[:8], "big") >> 1
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": number})
+            if wait_s is not None:
+                connection.execute(text(f"SET lock_timeout = {max(1, round(1000 * wait_s))}"))  # 0 is without end
+            try:
+                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": number})
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                    raise
+                raise _busy(key, wait_s) from None
             return stack.pop_all()  # the lock falls with the connection
 
     def _set_up(self, engine: Engine) -> None:
@@ -168,14 +204,14 @@ class Database:
             ) from error
 
 
-def begin_immediately(engine: Engine) -> None:
+def begin_immediately(engine: Engine, wait_s: float = SQLITE_WAIT_S) -> None:
     """Have every transaction on SQLite wait for the write lock first: none fails half-way for another's."""
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {int(1000 * SQLITE_WAIT_S)}")
+        cursor.execute(f"PRAGMA busy_timeout = {int(1000 * wait_s)}")
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.close()
 
@@ -188,12 +224,18 @@ def _cause(error: BaseException) -> BaseException | None:
     """What the driver said, or Optuna's proxy, where an error is about reaching the database."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, (OperationalError, InterfaceError)) or type(found).__module__.startswith("grpc"):
+        if isinstance(found, (OperationalError, InterfaceError, TimeoutError)) or type(found).__module__.startswith(
+            "grpc"
+        ):
             return found
         if isinstance(found, DBAPIError) and found.connection_invalidated:
             return found
         found = found.__cause__
     return None
+
+
+def _busy(key: str, wait_s: float | None) -> BusyError:
+    return BusyError(f"one process at a time may {key}, and another has been at it for {wait_s:g} s; try again later")
 
 
 def _is_transient(error: BaseException) -> bool:

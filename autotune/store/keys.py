@@ -80,11 +80,14 @@ class Keys:
     def find(self, text: str) -> Key | None:
         """Whose key this is; None for one that is unknown, revoked or past its time.
 
-        Takes as long for a prefix that nobody has as for a wrong secret.
+        Takes as long for a prefix that nobody has as for a wrong secret; what has not the form of a key is not looked
+        for.
         """
         form = _FORM.fullmatch(text)
+        if form is None:
+            return None
         alive = or_(api_key.c.expires.is_(None), api_key.c.expires > Now())
-        valid = select(api_key).where(api_key.c.prefix == (form[1] if form else ""), alive, api_key.c.revoked.is_(None))
+        valid = select(api_key).where(api_key.c.prefix == form[1], alive, api_key.c.revoked.is_(None))
         row = self._database.run(lambda connection: connection.execute(valid).mappings().first())
         same = hmac.compare_digest(_hash(text), _NOBODY if row is None else row["hash"])
         return _key(row) if row is not None and same else None

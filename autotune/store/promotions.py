@@ -36,11 +36,16 @@ class Promotion:
 
 
 class Promotions:
-    """What was promoted of one registered model. home: of the registry, so that a name may come again."""
+    """What was promoted of one registered model. home: of the registry, so that a name may come again.
 
-    def __init__(self, database: Database, home: str, name: str) -> None:
+    address, made: the registry's, and when the model was made in it, in seconds since 1970: rows from before there were
+    homes have the address.
+    """
+
+    def __init__(self, database: Database, home: str, name: str, *, address: str, made: float) -> None:
         self._database, self._home, self._name = database, home, name
-        self._mine = (promotion.c.registry == home) & (promotion.c.name == name)
+        before = (promotion.c.registry == address) & (promotion.c.promoted >= made)
+        self._mine = (promotion.c.name == name) & ((promotion.c.registry == home) | before)
 
     def rows(self, alias: str | None = None) -> list[Promotion]:
         """Newest first, of one alias or of all."""
@@ -52,9 +57,9 @@ class Promotions:
         return sorted({row.alias for row in self.rows() if not row.applied})
 
     @contextmanager
-    def locked(self, alias: str) -> Iterator[None]:
-        """Be the one who moves the alias."""
-        with self._database.locked(f"promote {self._home} {self._name}@{alias}"):
+    def locked(self, alias: str, wait_s: float) -> Iterator[None]:
+        """Be the one who moves the alias, as far as a lock goes. Raises BusyError after `wait_s` with another at it."""
+        with self._database.locked(f"promote {self._home} {self._name}@{alias}", wait_s):
             yield
 
     def write(self, *, alias: str, kind: str, before: int | None, after: int, who: str, why: str) -> Promotion:
@@ -72,9 +77,11 @@ class Promotions:
 
         return _promotion(self._database.run(act))
 
-    def applied(self, alias: str) -> None:
-        """The alias is seen to point where the last row of the log says."""
-        mine = update(promotion).where(self._mine, promotion.c.alias == alias).values(applied=True)
+    def applied(self, alias: str, id: int) -> None:
+        """The alias was seen to point where this row says, so that no earlier one has to be followed any more."""
+        mine = (
+            update(promotion).where(self._mine, promotion.c.alias == alias, promotion.c.id <= id).values(applied=True)
+        )
         self._database.run(lambda connection: connection.execute(mine))
 
     def withdraw(self, id: int) -> None:

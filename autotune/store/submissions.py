@@ -47,11 +47,13 @@ class NoSubmissionError(AutotuneError):
 class Submission:
     """One job; times in seconds since 1970. by: the name of the key it was handed in with.
 
+    may_promote: whether that key has the scope for it, and is not revoked; its scopes never change.
     attempt: how often it was claimed and not handed back. worker: who has it, or had it last.
     """
 
     id: str
     by: str
+    may_promote: bool
     settings: Mapping[str, Any]
     state: str
     cancel_requested: bool
@@ -149,7 +151,7 @@ class Submissions:
         return self._database.run(work)
 
     def claim(self, worker: str) -> Submission | None:
-        """A job to run now: what waits, oldest first, or else one whose worker gave no sign of life for too long.
+        """A job to run now, oldest first: one that waits, or whose worker gave no sign of life for too long.
 
         A worker has one at a time: asked again, it gets the same. One that has lost its worker for the last time fails.
         """
@@ -159,19 +161,11 @@ class Submissions:
             mine = connection.execute(select(submission.c.id).where(held, submission.c.worker == worker)).scalar()
             if mine is not None:  # done again: the answer to the commit was lost
                 return _found(connection, mine)
-            waiting = _free(connection, submission.c.state == "queued")
-            while waiting is None:
-                lost = _free(connection, held & (submission.c.expires <= Now()))
-                if lost is None:
-                    return None
-                if lost["cancel_requested"]:
-                    _end(connection, lost["id"], "cancelled", None, None)
-                elif lost["attempt"] >= self._max_attempts:
-                    reason = f"{EXPIRED}, for the last of {self._max_attempts} attempts"
-                    _end(connection, lost["id"], "failed", None, reason)
-                else:
-                    waiting = lost
-            number, attempt = waiting["id"], waiting["attempt"] + 1
+            while (free := _free(connection)) is not None and self._is_given_up(connection, free):
+                pass
+            if free is None:
+                return None
+            number, attempt = free["id"], free["attempt"] + 1
             granted = {"worker": worker, "attempt": attempt, "expires": Now() + self.seconds}
             started = func.coalesce(submission.c.started, Now())
             connection.execute(_set(number, state="running", started=started, **granted))
@@ -179,6 +173,18 @@ class Submissions:
             return _found(connection, number)
 
         return self._database.run(work)
+
+    def _is_given_up(self, connection: Connection, free: RowMapping) -> bool:
+        """Whether a job that nobody has is not to be run again, and was ended."""
+        if free["state"] == "queued":
+            return False
+        if free["cancel_requested"]:
+            _end(connection, free["id"], "cancelled", None, None)
+            return True
+        if free["attempt"] >= self._max_attempts:
+            _end(connection, free["id"], "failed", None, f"{EXPIRED}, for the last of {self._max_attempts} attempts")
+            return True
+        return False
 
     def beat(self, mine: Submission) -> bool:
         """A sign of life; whether the job is to be cancelled. Raises LeaseLostError."""
@@ -233,12 +239,21 @@ class Submissions:
 
     def events(self, number: str, after: int = 0) -> list[JobEvent]:
         """What happened since the event of this number, oldest first."""
-        later = select(submission_event).where(submission_event.c.submission == number, submission_event.c.id > after)
-        rows = self._database.run(lambda c: c.execute(later.order_by(submission_event.c.id)).mappings().all())
-        return [JobEvent(**{name: row[name] for name in JobEvent.__dataclass_fields__}) for row in rows]
+        return self.news(number, after)[1]
+
+    def news(self, number: str, after: int = 0) -> tuple[bool, list[JobEvent]]:
+        """Whether it has ended, and its events since the one of this number, as of one moment: asked with one query."""
+        later = (submission_event.c.submission == submission.c.id) & (submission_event.c.id > after)
+        query = select(submission.c.state, submission_event).join(submission_event, later, isouter=True)
+        query = query.where(submission.c.id == number).order_by(submission_event.c.id)
+        rows = self._database.run(lambda c: c.execute(query).mappings().all())
+        events = [row for row in rows if row["id"] is not None]
+        told = [JobEvent(**{name: row[name] for name in JobEvent.__dataclass_fields__}) for row in events]
+        return any(row["state"] in FINAL for row in rows), told
 
 
-_JOBS = select(submission, api_key.c.name.label("by")).join(api_key, api_key.c.id == submission.c.key)
+_MAY_PROMOTE = (api_key.c.scopes, api_key.c.revoked)
+_JOBS = select(submission, api_key.c.name.label("by"), *_MAY_PROMOTE).join(api_key, api_key.c.id == submission.c.key)
 
 
 def _found(connection: Connection, number: str) -> Submission:
@@ -269,9 +284,11 @@ def _holds(row: RowMapping, mine: Submission) -> bool:
     return (row["state"], row["worker"], row["attempt"]) == ("running", mine.worker, mine.attempt)
 
 
-def _free(connection: Connection, condition: Any) -> RowMapping | None:
-    """The oldest such job that nobody else is about to take."""
-    query = select(submission).where(condition).order_by(submission.c.created, submission.c.id).limit(1)
+def _free(connection: Connection) -> RowMapping | None:
+    """The oldest job that waits or was lost, and that nobody else is about to take."""
+    lost = (submission.c.state == "running") & (submission.c.expires <= Now())
+    query = select(submission).where((submission.c.state == "queued") | lost)
+    query = query.order_by(submission.c.created, submission.c.id).limit(1)
     return connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
 
 
@@ -294,4 +311,6 @@ def _note(connection: Connection, number: str, kind: str, data: Mapping[str, Any
 
 
 def _submission(row: RowMapping) -> Submission:
-    return Submission(**{name: row[name] for name in Submission.__dataclass_fields__})
+    may_promote = "promote" in row["scopes"] and row["revoked"] is None
+    told = {name: row[name] for name in Submission.__dataclass_fields__ if name != "may_promote"}
+    return Submission(**told, may_promote=may_promote)

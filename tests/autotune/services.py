@@ -20,6 +20,8 @@ from autotune.config import STORAGE
 from autotune.store import Database, Keys
 from autotune.submitted import Place
 
+REGISTRY = "http://tuner:secret@127.0.0.1:9"
+OUTCOME = {"certified": True, "worst": None, "failures": {"p": "no …/y.json"}}
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"limit": "prefill_p50<=0.7x"}
 
@@ -31,6 +33,8 @@ out, seed, what = options["out"], int(options["seed"]), options.get("name")
 os.makedirs(out, exist_ok=True)
 with open(os.path.join(out, "runs"), "a") as file:
     print(os.getpid(), *sys.argv[1:], os.environ["HF_HUB_OFFLINE"], file=file)
+with open(os.path.join(out, "registry"), "w") as file:
+    file.write(os.environ["MLFLOW_TRACKING_URI"])
 def told(n):
     print(json.dumps({"event": "progress", "what": "searching", "told": n, "target": seed, "study": "s-" + out[-4:]}))
     sys.stdout.flush()
@@ -38,12 +42,21 @@ if what == "broken":
     print("error: the limit must be met, got none; raise it", file=sys.stderr)
     sys.exit(2)
 if what == "second" and len(open(os.path.join(out, "runs")).readlines()) == 1:
-    print("error: one process at a time may drive a study, but h/x/1/2 drives twice; let it end", file=sys.stderr)
+    print(json.dumps({"event": "driven", "study": "driven twice"}))
+    sys.exit(2)
+if what == "leaky":
+    print(f"error: API request to {os.environ['MLFLOW_TRACKING_URI']}/api failed, see {out}/x.json", file=sys.stderr)
     sys.exit(2)
 if what == "crashing":
     raise ValueError("what nobody thought of")
 if what == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    told(1)
+    time.sleep(60)
+if what == "watched":
+    from autotune.cli import progress
+    progress.SILENCE_S = 1.0
+    progress.end_with_parent()
     told(1)
     time.sleep(60)
 if what == "slow":
@@ -57,7 +70,8 @@ for n in range(seed):
     told(n + 1)
     time.sleep(0.05)
 print("not a line for a program")
-print(json.dumps({"event": "outcome", "certified": True, "worst": float("nan"), "paths": {"profile": out}}))
+found = {"certified": True, "worst": float("nan"), "failures": {"p": f"no {out}/y.json"}}
+print(json.dumps({"event": "outcome", **found, "paths": {"profile": out}}))
 sys.exit(1 if what == "missed" else 0)
 """
 
@@ -73,7 +87,7 @@ def run_jobs(
     storage: str, home: Path, stop: Callable[[], bool] = lambda: False, *, once: bool = True, **terms: Any
 ) -> int:
     """Be a worker whose jobs are `FAKE`."""
-    place = Place(home=home, registry="http://127.0.0.1:9")
+    place = Place(home=home, registry=REGISTRY)
     command = (sys.executable, "-c", FAKE)
     return jobs.work(Database(storage), place, stop, lambda _: None, command=command, once=once, **terms)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import stat
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("mlflow")
+
+from mlflow import MlflowClient
 
 from autotune import bundle
 from autotune.bundle import EPOCH, export_bundle, import_bundle, register_bundle
@@ -132,6 +135,27 @@ def listing(name: str) -> Callable[[dict[str, bytes]], bytes]:
     return make
 
 
+def manifest_with(**files: Any) -> Callable[[dict[str, bytes]], bytes]:
+    """Other entries in the manifest, on which the bundle agrees."""
+
+    def make(contents: dict[str, bytes]) -> bytes:
+        manifest = json.loads(contents["version/manifest.json"])
+        sealed = seal({**manifest, "files": {**manifest["files"], **files}})
+        return header(manifest=sealed["sha256"])({**contents, "version/manifest.json": canonical_json(sealed).encode()})
+
+    return make
+
+
+def said(old: bytes, new: bytes, member: str = "bundle.json") -> Callable[[dict[str, bytes]], bytes]:
+    """What no JSON of our own would say, so that no digest fits it."""
+
+    def make(contents: dict[str, bytes]) -> bytes:
+        assert old in contents[member]
+        return zipped({**contents, member: contents[member].replace(old, new)})
+
+    return make
+
+
 HOSTILE: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "traversal": with_extra("version/../../evil.json"),
     "traversal that is listed": listing("../../evil.json"),
@@ -157,6 +181,15 @@ HOSTILE: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "digest that is a path": header(manifest="../../evil"),
     "name that is a path": header(name="../../evil"),
     "aliases that are none": header(aliases=7),
+    "aliases that are versions": header(aliases=["v7"]),
+    "aliases that are paths": header(aliases=["../../evil"]),
+    "name that is none": header(name="x" * 251),
+    "number that is none": said(b'"exported":1700000000.0', b'"exported":1e999'),
+    "NaN": said(b'"exported":1700000000.0', b'"exported":NaN'),
+    "NaN in the manifest": said(b'"bytes":14', b'"bytes":NaN', "version/manifest.json"),
+    "manifest that tells no digest": manifest_with(**{"profile.json": 1}),
+    "manifest with a digest that is none": manifest_with(**{"profile.json": {"sha256": None, "bytes": 1}}),
+    "manifest without sizes": manifest_with(**{"profile.json": {"sha256": "0" * 64}}),
     "newer schema": header(schema_version=99),
     "deep JSON": lambda c: zipped({**c, "bundle.json": b"[" * 100_000}),
     "bomb": lambda c: zipped({**c, "version/zeros.txt": bytes(10**7)}, zipfile.ZIP_DEFLATED),
@@ -175,6 +208,12 @@ REASONS = {
     "wrong digest of a file": r"notes\.txt must have SHA-256",
     "wrong digest of the header": "the content's SHA-256 must be",
     "name that is a path": "a reference reads",
+    **dict.fromkeys(
+        ("aliases that are versions", "aliases that are paths", "name that is none"), "must have a name of"
+    ),
+    **dict.fromkeys(("number that is none", "NaN", "NaN in the manifest"), "must hold finite numbers"),
+    **dict.fromkeys(("manifest that tells no digest", "manifest without sizes"), "tell sha256 and bytes of every file"),
+    "manifest with a digest that is none": "tell sha256 and bytes of every file",
 }
 
 
@@ -195,6 +234,41 @@ def test_a_hostile_file_is_refused_and_nothing_is_written(
 def test_what_the_attacks_start_from_is_a_bundle(exported: Path, cache: ProfileCache, tmp_path: Path) -> None:
     (tmp_path / "plain.zip").write_bytes(zipped(members(exported)))
     import_bundle(tmp_path / "plain.zip", cache)
+
+
+def test_a_clock_that_is_ahead_does_not_outrank_the_registry(
+    pulled: Pulled, cache: ProfileCache, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EPOCH, "9999999999")
+    export_bundle(pulled, ["candidate-cpu"], tmp_path / "ahead.zip")
+    import_bundle(tmp_path / "ahead.zip", cache)
+    before = cache.pull(f"{NAME}@candidate-cpu", None, offline=True).resolution
+    assert before.resolved <= time.time()
+    newer = register(registry, NAME, save_profile(tmp_path / "newer.json", 2, certificate=CERTIFIED))
+    try:
+        cache.pull(f"{NAME}@candidate-cpu", registry)
+        assert cache.pull(f"{NAME}@candidate-cpu", registry, offline=True).resolution.version == newer.version
+    finally:
+        MlflowClient(registry.tracking_uri).delete_model_version(NAME, str(newer.version))
+
+
+def test_a_bundle_never_replaces_a_version_that_a_registry_or_another_bundle_told(
+    exported: Path, cache: ProfileCache, registry: Registry, pulled: Pulled, tmp_path: Path
+) -> None:
+    cache.pull(f"{NAME}/1", registry)
+    elsewhere = Registry(f"sqlite:///{tmp_path}/elsewhere.db")
+    register(elsewhere, NAME, save_profile(tmp_path / "other.json", 3, certificate=CERTIFIED))
+    other = ProfileCache(tmp_path / "other").pull(f"{NAME}/1", elsewhere)
+    export_bundle(other, [], tmp_path / "other.zip")
+    import_bundle(tmp_path / "other.zip", cache)
+    for asked in (registry, None):
+        assert cache.pull(f"{NAME}/1", asked, offline=True).profile == pulled.profile
+    with pytest.raises(RegistryError, match=rf"must not be another models:/{NAME}/1 than .* before"):
+        import_bundle(exported, cache)
+    cache.pull(f"{NAME}/1", elsewhere)
+    assert cache.pull(f"{NAME}/1", elsewhere, offline=True).profile == other.profile
+    with pytest.raises(RegistryError, match="must be one version, but registries differ about it"):
+        cache.pull(f"{NAME}/1", None, offline=True)
 
 
 def test_sizes_are_capped(exported: Path, cache: ProfileCache, monkeypatch: pytest.MonkeyPatch) -> None:

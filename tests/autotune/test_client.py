@@ -22,13 +22,14 @@ from autotune import client as clients
 from autotune import data, job
 from autotune.cli import app
 from autotune.client import Client, Event, ServiceError
+from autotune.config import DrivenError
 from autotune.jobs import COMMAND
 from autotune.registry import Registry
 from benchmarks.replayed_worker import open_study, work
 from btp.errors import ProfileError
 from btp.profile import Profile
 from tests.autotune.registries import CERTIFIED, PROFILE, register, save_profile
-from tests.autotune.services import SETTINGS, key_of, serving, working
+from tests.autotune.services import OUTCOME, SETTINGS, key_of, serving, working
 
 JOB = {
     **{"id": "j", "by": "me", "settings": {}, "state": "queued", "cancel_requested": False, "attempt": 0},
@@ -214,7 +215,7 @@ def test_the_whole_of_the_real_service_is_within_reach(tmp_path: Path) -> None:
     with serving(storage, tmp_path) as (url, _), working(storage, tmp_path), Client(url, key_of(storage)) as client:
         job = client.submit(**SETTINGS, seed=8)
         assert [event.data["state"] for event in client.follow(job.id) if event.kind == "state"][-1] == "succeeded"
-        assert client.wait(job.id, timeout_s=5).outcome == {"certified": True, "worst": None}
+        assert client.wait(job.id, timeout_s=5).outcome == OUTCOME
         others = [client.submit(**SETTINGS, name="slow").id for _ in range(2)]
         assert [each.id for each in client.jobs()] == [*others[::-1], job.id]
         assert [client.cancel(number).id for number in others] == others
@@ -261,6 +262,19 @@ def test_a_job_says_how_far_it_is_in_lines_for_a_program(tmp_path: Path, monkeyp
         {**line, "what": "searching", "told": 3, "done": 4, "best": 0.5, "study": "s"},
         {"event": "outcome", "study": "s", "met": True},
     ]
+
+
+def test_a_job_whose_study_another_drives_says_so_in_a_line_for_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> None:
+        raise DrivenError("a study", "host/x/1/2")
+
+    monkeypatch.setattr(job, "run", run)
+    monkeypatch.setattr(data, "load_splits", lambda _: {})
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--trials", "6", "--progress=jsonl"])
+    assert result.exit_code == 2
+    assert json.loads(result.stdout) == {"event": "driven", "study": "a study"}
 
 
 def test_a_job_ends_with_who_started_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from optuna.trial import TrialState
 from autotune.config import AutotuneError
 from autotune.evaluation import AnswererDiedError
 from autotune.objective import Told
+from autotune.papers import trial_columns
 from autotune.search import Search
 from autotune.space import SearchSpace
 from autotune.stopping import StoppedError
@@ -235,6 +237,10 @@ def test_a_trial_that_cannot_be_scored_fails_with_its_reason_and_the_study_goes_
         t for t in optuna.load_study(study_name=NAME, storage=study.mirror.storage).trials if t.state == TrialState.FAIL
     ]
     assert [t.user_attrs["reason"] for t in failed] == [study.failures[name]]
+    columns = trial_columns(study)
+    assert Counter(columns["state"])["failed"] == 1
+    assert columns["reason"][columns["name"].index(name)] == study.failures[name]
+    assert sorted(columns["number"]) == list(range(NUM_TRIALS))
 
 
 def test_a_worker_whose_trials_all_fail_is_taken_for_broken_itself(tmp_path: Path) -> None:

@@ -2,22 +2,32 @@
 
 import multiprocessing as mp
 import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 pytest.importorskip("mlflow")
 
 from mlflow import MlflowClient
+from sqlalchemy import insert
 
+from autotune import profiles as profiles_module
 from autotune.config import AutotuneError
-from autotune.profiles import Profiles, Promotion, stack_of
+from autotune.profiles import Profiles, Promotion, promotion_database, stack_of
 from autotune.registered import GateError, NotRegisteredError, RegistryError, Version
 from autotune.registry import Registry
-from autotune.store import Database
+from autotune.store import Database, StoreError
+from autotune.store.promotions import Promotions
+from autotune.store.tables import promotion
 from tests.autotune.registries import (
     CERTIFIED,
     UNCERTIFIED,
@@ -114,6 +124,7 @@ SLOW = {"value": 0.9, "low": 0.8, "high": 1.1}
         ),
         ({"latency": {"ratio": SLOW}}, None, "it may be no faster than dense: its latency may be as high as 1.100"),
         ({}, "champion-nvidia-h200", "its latency was measured on cpu, whose champion is champion-cpu"),
+        ({}, "Champion-cpu", "its latency was measured on cpu, whose champion is champion-cpu"),
     ],
 )
 def test_each_gate_holds_by_itself(
@@ -138,7 +149,8 @@ def test_every_gate_that_failed_is_named(profiles: Profiles, name: str, tmp_path
 
 @pytest.mark.parametrize(
     "words",
-    [{"alias": alias} for alias in ("latest", "Latest", "v1", "a b", "a\n", "é", "a" * 256)]
+    [{"alias": alias} for alias in ("latest", "Latest", "v1", "a b", "a\n", "é", "-a", "_a", "a" * 251)]
+    + [{"alias": alias} for alias in ("candidate-cpu", "Candidate-x")]
     + [{"who": " "}, {"who": "x" * 256}, {"why": ""}, {"why": "nul \0"}],
 )
 def test_what_registry_or_log_could_not_take_is_refused_first(
@@ -154,7 +166,7 @@ def test_what_registry_or_log_could_not_take_is_refused_first(
 def test_a_version_that_no_database_counts_to_is_not_there(profiles: Profiles, name: str, tmp_path: Path) -> None:
     registered(profiles.registry, name, tmp_path)
     for number in (0, 2, 2**31, 10**30):
-        with pytest.raises(NotRegisteredError, match=f"has no version {number} "):
+        with pytest.raises(NotRegisteredError, match=f"has no version {number};"):
             profiles.find(f"models:/{name}/{number}")
 
 
@@ -181,8 +193,25 @@ def test_a_version_that_was_changed_or_deleted_is_refused(
     with pytest.raises(RegistryError, match=f"must have SHA-256 {bad.sha256}"):
         profiles.promote(bad, who="me", why="changed")
     client.delete_model_version(name, "2")
-    with pytest.raises(NotRegisteredError, match=r"has no version 2 .* it has: 1$"):
+    with pytest.raises(NotRegisteredError, match=r"has no version 2; it has: 1$"):
         profiles.promote(gone, who="me", why="gone", alias="production")
+    assert profiles.log(name) == []
+
+
+@pytest.mark.parametrize("damage", ["altered", "without manifest"])
+def test_a_version_whose_evidence_cannot_be_trusted_is_refused(
+    profiles: Profiles, client: MlflowClient, name: str, tmp_path: Path, damage: str
+) -> None:
+    path = save_profile(tmp_path / "profile.json", 0, certificate=CERTIFIED)
+    version = register(profiles.registry, name, path, evidence={"select.json": path})
+    if damage == "altered":
+        folder = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://")) / "profile"
+        (folder / "select.json").write_text("{}")
+    else:
+        client.delete_model_version_tag(name, "1", "manifest")
+    told = r"select\.json must have SHA-256" if damage == "altered" else "must have its manifest's SHA-256 as a tag"
+    with pytest.raises(RegistryError, match=told):
+        profiles.promote(version, who="me", why="its profile is sound")
     assert profiles.log(name) == []
 
 
@@ -298,6 +327,104 @@ def test_a_promotion_that_is_killed_before_the_alias_follows_is_made_good(
     assert_chained(profiles, name, {"promote": 3, "rollback": 3, "deleted": 1}.get(then, 2))
 
 
+def one_row(database: Database, registry: Registry, name: str, after: int) -> Promotions:
+    """A log with a row that its alias has not followed yet."""
+    made = registry.made(name)
+    log = Promotions(database, f"made {round(1000 * made)}", name, address=registry.tracking_uri, made=made)
+    log.write(alias=CHAMPION, kind="promote", before=None, after=after, who="slow", why="still at it")
+    return log
+
+
+def test_who_reads_does_not_wait_for_a_promotion_and_who_promotes_not_for_ever(
+    registry: Registry, storage: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = registered(registry, name, tmp_path, 2)
+    log = one_row(Database(storage), registry, name, 1)
+    profiles = Profiles(registry, Database(storage))
+    monkeypatch.setattr(profiles_module, "WAIT_S", 0.5)
+    with ThreadPoolExecutor(1) as others, log.locked(CHAMPION, 0.0):
+        began = time.monotonic()
+        listed, rows = others.submit(profiles.list, name).result(20), others.submit(profiles.log, name).result(20)
+        assert others.submit(profiles.find, f"{name}/2").result(20).version == 2
+        assert CHAMPION not in listed[1].aliases
+        assert [row.applied for row in rows] == [False]
+        assert time.monotonic() - began < 10
+        with pytest.raises(StoreError, match=rf"may promote .*@{CHAMPION}, and another has been at it for 0\.5 s"):
+            others.submit(profiles.promote, versions[1], who="me", why="impatient").result(20)
+    assert CHAMPION in profiles.list(name)[1].aliases
+    assert_chained(profiles, name, 1)
+
+
+@contextmanager
+def paused(registry: Registry) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """A registry that waits before it first moves an alias: set when it does, and for it to go on."""
+    reached, go_on, point = threading.Event(), threading.Event(), registry.point
+
+    def wait(name: str, alias: str, number: int) -> None:
+        if not reached.is_set():
+            reached.set()
+            assert go_on.wait(60)
+        point(name, alias, number)
+
+    registry.point = wait  # type: ignore[method-assign]
+    try:
+        yield reached, go_on
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("storage", ["postgresql"], indirect=True)
+def test_a_lock_that_is_lost_leaves_the_alias_where_the_log_says(
+    registry: Registry, storage: str, name: str, tmp_path: Path
+) -> None:
+    first, second = registered(registry, name, tmp_path, 2)
+    slow, quick = (Profiles(Registry(registry.tracking_uri), Database(storage)) for _ in range(2))
+    with ThreadPoolExecutor(1) as others, paused(slow.registry) as (reached, go_on):
+        promoting = others.submit(slow.promote, first, who="slow", why="was first")
+        assert reached.wait(30)
+        with psycopg.connect(storage.replace("+psycopg", ""), autocommit=True) as connection:
+            ended = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.execute(ended).fetchall() == [(True,)]
+        quick.promote(second, who="quick", why="got in between")
+        assert registry.pointed(name, CHAMPION) == 2
+        go_on.set()
+        assert promoting.result(30).after == 1
+    assert_chained(quick, name, 2)
+    assert registry.pointed(name, CHAMPION) == 2
+
+
+def test_only_rows_up_to_the_one_that_was_followed_count_as_applied(
+    registry: Registry, name: str, tmp_path: Path
+) -> None:
+    registered(registry, name, tmp_path, 2)
+    log = one_row(Database(f"sqlite:///{tmp_path}/log.db"), registry, name, 1)
+    (first,) = log.rows()
+    log.write(alias=CHAMPION, kind="promote", before=1, after=2, who="another", why="in between")
+    log.applied(CHAMPION, first.id)
+    assert [row.applied for row in log.rows()] == [False, True]
+
+
+def test_a_log_from_before_names_had_homes_is_kept(profiles: Profiles, name: str, tmp_path: Path) -> None:
+    registered(profiles.registry, name, tmp_path, 2)
+    values = {"registry": profiles.registry.tracking_uri, "name": name, "alias": CHAMPION, "kind": "promote"}
+    values |= {"to_version": 1, "who": "before", "why": "long ago", "applied": True}
+    made, database = profiles.registry.made(name), profiles._database
+    for when in (made - 60, made + 0.1):  # the first is of another model of this name
+        row = insert(promotion).values({**values, "promoted": when})
+        database.run(lambda connection, row=row: connection.execute(row))
+    assert [row.at for row in profiles.log(name)] == [made + 0.1]
+
+
+def test_the_log_lies_beside_a_local_registry_unless_it_is_named(tmp_path: Path) -> None:
+    local = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    assert promotion_database(local, None).file == tmp_path / "study.db"
+    assert promotion_database(local, f"sqlite:///{tmp_path}/other.db").file == tmp_path / "other.db"
+    with pytest.raises(
+        RegistryError, match=r"needs a database beside a server, got none for http://host:1; .*--storage"
+    ):
+        promotion_database(Registry("http://me:secret@host:1"), None)
+
+
 def test_where_the_registry_fails_in_the_middle_the_log_stands(
     profiles: Profiles, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,10 +460,54 @@ def test_the_best_is_certified_within_the_limit_and_keeps_most(profiles: Profile
     assert found.retention == pytest.approx(0.9444)
     assert profiles.best(max_latency_ms=60.0, name=name).device == "nvidia-a100"
     assert profiles.best(max_latency_ms=60.0, device="nvidia-h", name=name) == found
-    with pytest.raises(RegistryError, match=r"within 39 ms on a device named 'h200'; the fastest is .*/1 .* 40\.0 ms"):
+    with pytest.raises(
+        NotRegisteredError, match=r"within 39 ms prefill p50 on a device named 'h200'; the fastest is .*/1 .* 40\.0 ms"
+    ):
         profiles.best(max_latency_ms=39.0, device="h200", name=name)
     with pytest.raises(RegistryError, match=r"no certified version with a latency .* named 'tpu', got 0 others"):
         profiles.best(max_latency_ms=60.0, device="tpu", name=name)
+
+
+def measured(high_ms: float, **how: str) -> dict[str, Any]:
+    rows = [{"name": "dense", "macro": {"value": 0.9}}, {"name": "tuned", "macro": {"value": 0.8}}]
+    ms = {"value": high_ms - 1, "low": high_ms - 2, "high": high_ms}
+    return {"rows": rows, "latency": {"ratio": CERTIFIED["latency"], "ms": ms, **how}}
+
+
+def test_the_best_is_so_by_its_profile_and_not_by_its_tags(
+    profiles: Profiles, client: MlflowClient, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = profiles.registry
+    honest = registered(registry, name, tmp_path, **measured(50.0))[0]
+    assert honest.retention == 0.8889
+    for tags, evidence in (
+        ({"retention": "nan"}, {}),
+        ({"retention": "inf"}, {}),
+        ({"retention": "1.0"}, {}),
+        ({"certified": "true", "retention": "1.0"}, {"certificate": UNCERTIFIED}),
+        ({"latency_high_ms": "1.0", "retention": "1.0"}, measured(90.0)),
+        ({"metric": "prefill", "retention": "1.0"}, measured(40.0, metric="ttft", quantile="p50")),
+    ):
+        (liar,) = registered(registry, name, tmp_path, **{**measured(50.5), **evidence})
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(liar.version), key, value)
+    (gone,) = registered(registry, name, tmp_path, **measured(10.0))
+    path = Path(client.get_run(gone.run_id).info.artifact_uri.removeprefix("file://")) / "profile" / "profile.json"
+    path.unlink()
+    found = profiles.best(max_latency_ms=60.0, name=name)
+    assert (found.version, found.retention, found.latency_high_ms) == (honest.version, 0.8889, 50.0)
+    assert f"left out: could not read {gone.uri} " in caplog.text
+
+
+def test_only_latencies_of_one_kind_are_held_against_each_other(profiles: Profiles, name: str, tmp_path: Path) -> None:
+    registry = profiles.registry
+    (prefill,) = registered(registry, name, tmp_path, **measured(50.0, metric="prefill", quantile="p50"))
+    (ttft,) = registered(registry, name, tmp_path, **measured(40.0, metric="ttft", quantile="p95"))
+    assert (ttft.metric, ttft.quantile) == ("ttft", "p95")
+    assert profiles.best(max_latency_ms=60.0, name=name).uri == prefill.uri
+    assert profiles.best(max_latency_ms=60.0, name=name, metric="ttft", quantile="p95").uri == ttft.uri
+    with pytest.raises(NotRegisteredError, match="latency in milliseconds, ttft p50, is there, got 0 others"):
+        profiles.best(max_latency_ms=60.0, name=name, metric="ttft")
 
 
 def test_every_name_is_listed_newest_first(profiles: Profiles, name: str, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from autotune import data, reference
 from autotune.cli import app
 from autotune.evaluation import Evaluator, load_model
 from autotune.profile_cache import CACHE
+from autotune.profiles import promotion_database
 from autotune.registry import Registry
+from autotune.store.promotions import Promotions
 from btp.anatomy import Anatomy
 from btp.families import anatomy_of
 from btp.plan import Plan, Stage
@@ -153,6 +155,47 @@ def test_the_log_lies_beside_a_local_registry_and_must_be_named_beside_a_server(
     assert registry.file.with_name("study.db").exists()
     server = ("--registry", "http://127.0.0.1:1")
     assert "needs a database beside a server" in typed("promote", "tiny/4", "--why", "x", *server, code=2)
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path) -> Registry:
+    """Where a promotion was logged, and its alias did not follow."""
+    registry = Registry(f"sqlite:///{tmp_path}/cut-off/mlflow.db")
+    register(registry, NAME, save_profile(tmp_path / "cut-off.json", 1, certificate=CERTIFIED))
+    made = registry.made(NAME)
+    database = promotion_database(registry, None)
+    log = Promotions(database, f"made {round(1000 * made)}", NAME, address=registry.tracking_uri, made=made)
+    log.write(alias="champion-cpu", kind="promote", before=None, after=1, who="me", why="cut off")
+    return registry
+
+
+@pytest.mark.parametrize("command", ["list", "best", "show", "pull"])
+def test_an_alias_follows_its_log_first_where_the_log_is_at_hand(
+    cut_off: Registry, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", cut_off.tracking_uri)
+    champion = f"{NAME}@champion-cpu"
+    words = {"best": ["--max-latency-ms", 5], "show": [champion], "pull": [champion]}.get(command, [])
+    typed(command, *words, code=2 if command == "best" else 0)
+    assert cut_off.pointed(NAME, "champion-cpu") == 1
+
+
+def test_without_its_log_an_alias_is_where_the_registry_has_it(
+    cut_off: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", cut_off.tracking_uri)
+    (tmp_path / "broken.db").write_bytes(b"no database at all, but long enough to be seen as such" * 20)
+    monkeypatch.setenv("AUTOTUNE_STORAGE", f"sqlite:///{tmp_path}/broken.db")
+    text = typed("list", NAME)
+    assert "aliases are as the registry has them; the log of promotions could not be asked: " in text
+    assert f"{NAME}/1" in text
+    assert cut_off.pointed(NAME, "champion-cpu") is None
+
+
+def test_the_best_is_of_one_kind_of_latency() -> None:
+    assert "no certified version with a latency in milliseconds, ttft p95, is there" in typed(
+        "best", "--max-latency-ms", 60, "--metric", "ttft", "--quantile", "p95", code=2
+    )
 
 
 def test_a_bundle_goes_to_a_host_without_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

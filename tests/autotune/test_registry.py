@@ -18,7 +18,7 @@ pytest.importorskip("mlflow")
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from autotune.registered import ANSWERS, RegistryError, Version
+from autotune.registered import ANSWERS, NotRegisteredError, RegistryError, Version
 from autotune.registry import Registry
 from btp.errors import ProfileError
 from btp.profile import ModelIdentity, Profile
@@ -174,12 +174,85 @@ def test_an_unknown_alias_lists_the_known_ones(registry: Registry, name: str, tm
         registry.pull(name, "champion-a100", tmp_path)
 
 
-def test_an_unknown_name_lists_the_known_ones(registry: Registry, name: str, profile: Path, tmp_path: Path) -> None:
+def test_an_unknown_name_is_said_to_be_so_and_tells_a_stranger_nothing_else(
+    registry: Registry, name: str, profile: Path, tmp_path: Path
+) -> None:
     register(registry, name, profile)
-    with pytest.raises(RegistryError, match=rf"no profile is registered as 'other' .* known: .*{name}"):
-        registry.pull("other", "cpu", tmp_path)
-    with pytest.raises(RegistryError, match="no profile is registered as 'other'"):
-        registry.versions("other")
+    assert registry.file is not None
+    nowhere = Registry(f"sqlite:///{tmp_path}/none.db")
+    for ask, told in (
+        (
+            lambda: registry.pull("other", "cpu", tmp_path),
+            "no profile is registered as 'other'; autotune profiles list",
+        ),
+        (lambda: registry.versions("other"), "no profile is registered as 'other'; autotune profiles list"),
+        (lambda: registry.find(f"{name}/7"), f"'{name}' has no version 7; it has: 1"),
+        (lambda: nowhere.find(f"{name}/7"), "a registry must exist before one can pull from it, got none"),
+    ):
+        with pytest.raises(NotRegisteredError) as raised:
+            ask()
+        assert str(raised.value).startswith(told)
+        assert str(registry.file.parent) not in str(raised.value)
+        assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_password_is_in_no_error(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(RegistryError, match=f"http://127.0.0.1:{port}") as raised:
+            Registry(f"http://somebody:se@cret@127.0.0.1:{port}").pull("x", "cpu", tmp_path)
+    for word in ("somebody", "cret"):
+        assert word not in str(raised.value)
+    with pytest.raises(RegistryError, match="got 'ftp://host'"):
+        Registry("ftp://somebody:se@cret@host")
+
+
+def test_a_name_from_before_is_for_what_its_newest_version_was_made_with(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, tmp_path: Path
+) -> None:
+    register(registry, name, profile)
+    for tag in client.get_registered_model(name).tags:
+        client.delete_registered_model_tag(name, tag)
+    assert client.get_registered_model(name).tags == {}
+    deeper = save_profile(tmp_path / "deeper.json", 0, num_layers=5)
+    with pytest.raises(RegistryError, match=r"holds profiles of one model .*num_layers is 4 there, 5"):
+        register(registry, name, deeper)
+    assert client.get_registered_model(name).tags == {}
+    register(registry, name, profile)
+    assert client.get_registered_model(name).tags["workload"] == sha256_of(asdict(PROFILE.workload))
+    client.create_registered_model(f"{name}-empty")
+    register(registry, f"{name}-empty", deeper)
+    with pytest.raises(RegistryError, match="num_layers is 5 there, 4 here"):
+        register(registry, f"{name}-empty", profile)
+
+
+def test_a_manifest_whose_tag_is_gone_is_not_overlooked(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, tmp_path: Path
+) -> None:
+    register(registry, name, profile)
+    client.delete_model_version_tag(name, "1", "manifest")
+    with pytest.raises(RegistryError, match="must have its manifest's SHA-256 as a tag, got none"):
+        registry.pull(name, "candidate-cpu", tmp_path / "pulled.json")
+    artifact(client, registry.versions(name)[0]).with_name("manifest.json").unlink()  # as it was before manifests
+    assert registry.pull(name, "candidate-cpu", tmp_path / "pulled.json").read_bytes() == profile.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        {"rows": 7, "data": ["x"], "latency": "fast"},
+        {"rows": [1, {"name": "tuned", "macro": 3, "by_task": {"a": "b"}}, {"name": "dense", "by_task": {"a": 1}}]},
+        {"rows": [{"name": "dense", "macro": {"value": 0}}, {"name": "tuned", "macro": {"value": "much"}}]},
+    ],
+)
+def test_evidence_may_say_anything(registry: Registry, name: str, tmp_path: Path, evidence: dict[str, Any]) -> None:
+    name = name.replace("[", "-")
+    path = save_profile(tmp_path / "profile.json", 0, num_layers=61, **evidence)
+    version = register(registry, name, path)
+    assert (version.retention, version.worst_task_retention, version.latency_ms) == (None, None, None)
+    (known, *_) = registry.nearest(Profile.load(path).model)
+    assert known.data_digests == {}
 
 
 def test_a_failure_in_the_last_step_leaves_neither_run_nor_version(
@@ -436,7 +509,7 @@ def test_profiles_of_the_same_model_are_found_on_any_device(registry: Registry, 
     assert registry.nearest(ModelIdentity(architecture="O'Hara", num_layers=1, hidden_size=1, num_image_tokens=1)) == []
 
 
-@pytest.mark.parametrize("damage", ["altered", "deleted"])
+@pytest.mark.parametrize("damage", ["altered", "deleted", "NaN"])
 def test_a_damaged_profile_is_left_out_of_what_is_known_and_named(
     registry: Registry,
     client: MlflowClient,
@@ -449,12 +522,17 @@ def test_a_damaged_profile_is_left_out_of_what_is_known_and_named(
         register(
             registry,
             name,
-            save_profile(tmp_path / f"{number}.json", number, num_layers={"altered": 41, "deleted": 42}[damage]),
+            save_profile(
+                tmp_path / f"{number}.json", number, num_layers={"altered": 41, "deleted": 42, "NaN": 43}[damage]
+            ),
         )
         for number in range(2)
     )
     stored = artifact(client, broken)
-    stored.unlink() if damage == "deleted" else stored.write_text("{}")
+    if damage == "deleted":
+        stored.unlink()
+    else:
+        stored.write_text("{}" if damage == "altered" else stored.read_text().replace("0.5", "NaN"))
     found = registry.nearest(Profile.load(tmp_path / "0.json").model)
     assert [known.version.version for known in found] == [sound.version]
     assert broken.uri in caplog.text
@@ -471,6 +549,11 @@ def test_what_a_plan_answered_comes_back_unless_it_was_changed(
     (known,) = registry.nearest(Profile.load(profile).model)
     assert registry.answers(known) == {"0": {"scores": [1.0]}}
     stored = artifact(client, version).with_name(ANSWERS)
+    before = stored.parent.parent / "evidence" / ANSWERS  # where it lay before there were manifests
+    before.parent.mkdir()
+    before.write_bytes(stored.read_bytes())
+    old = replace(known, version=replace(version, manifest=""))
+    assert registry.answers(old) == {"0": {"scores": [1.0]}}
     stored.write_text('{"0": {"scores": [0.5]}}')
     assert registry.answers(known) is None
     assert f"the answers of {version.uri} were changed" in caplog.text

@@ -132,6 +132,20 @@ class TestFit:
         for told in ("hidden_size 7", "dtype float16", "torch 2.9.0", "threads 3", "allow_device=True"):
             assert told in str(raised.value)
 
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ({"threads": 99}, r"; call torch\.set_num_threads\(99\), or pass allow_device=True to go without [^;,]*$"),
+            ({"threads": 99, "torch": "2.9.0"}, r"; call torch\.set_num_threads\(99\) and pass allow_device=True "),
+            ({"threads": 0}, r"; pass allow_device=True "),
+            ({"torch": "2.9.0"}, r"; pass allow_device=True "),
+        ],
+    )
+    def test_other_threads_can_be_set(self, model: Any, fitting: Profile, change: dict[str, Any], told: str) -> None:
+        other = replace(fitting, device=replace(fitting.device, **change))
+        with pytest.raises(ProfileError, match=told), btp.prune(model, other):
+            pass
+
     def test_files_are_read(self, model: Any, fitting: Profile, tmp_path: Path) -> None:
         PLAN.save(tmp_path / "plan.json")
         replace(fitting, device=replace(fitting.device, threads=99)).save(tmp_path / "profile.json")

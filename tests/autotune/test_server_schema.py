@@ -28,6 +28,11 @@ CONFIG = """
 include-operation-id = "submitJob"
 # A path that is as it must be may still name nothing.
 checks.positive_data_acceptance.expected-statuses = [202, 409, 422]
+
+[[operations]]
+include-operation-id = ["promoteProfile", "rollBackProfile"]
+# An alias that is as it must be may still be none that anybody moves, such as a candidate's.
+checks.positive_data_acceptance.expected-statuses = [201, 404, 409, 422]
 """
 
 

@@ -147,7 +147,7 @@ def test_the_trials_of_a_dead_worker_are_asked_again_with_their_parameters(tmp_p
     assert [each.number for each in retried] == [each.number for each in asked]  # nobody has overtaken them
     assert [each.lease.retry_of for each in retried] == [each.lease.token for each in asked]
     assert again.num_done == 0
-    again.mirror.flush()
+    again.mirror.settle()
     trials = stored(tmp_path).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 2 + [TrialState.RUNNING] * 2
     assert [t.params for t in trials[:2]] == [t.params for t in trials[2:]]

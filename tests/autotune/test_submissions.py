@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, event, text
 from typer.testing import CliRunner
 
-from autotune import jobs
+from autotune import job_process, jobs
 from autotune.cli import app
 from autotune.config import STORAGE, AutotuneError
+from autotune.redaction import redacted
 from autotune.samplers import SAMPLERS
 from autotune.store import ConflictError, Database, Keys, LeaseLostError, Leases, NoSubmissionError, Submissions
 from autotune.submitted import JobSettings, Roots
-from tests.autotune.services import FORK, SETTINGS, run_jobs, wait_until
+from tests.autotune.services import FORK, OUTCOME, REGISTRY, SETTINGS, run_jobs, wait_until
 
 HELD = 1.0  # seconds that a claim lasts here
 
@@ -64,6 +65,8 @@ def test_a_key_is_shown_once_and_opens_until_it_is_revoked_or_over(storage: str)
     assert keys.find(brief) is not None
     wrong = [shown[:-1] + ("A" if shown[-1] != "A" else "B"), shown[:-1], shown + "A", "", "btp_", "btp_\0", "é" * 60]
     assert [keys.find(word) for word in [*wrong, "btp_0123456789ab_" + "A" * 43]] == [None] * (len(wrong) + 1)
+    nowhere = Keys(Database("postgresql+psycopg://127.0.0.1:9/none"))
+    assert nowhere.find("x") is None  # nobody is asked for what is no key
     with looked_into(storage) as connection:
         rows = str(connection.execute(text("SELECT * FROM api_key")).all())
     assert shown.split("_", 2)[2] not in rows
@@ -235,6 +238,37 @@ def test_what_kills_its_workers_fails_and_what_is_handed_back_does_not(storage: 
     assert "for the last of 2 attempts" in (failed.reason or "")
 
 
+def test_a_job_that_lost_its_worker_comes_before_those_that_were_handed_in_later(storage: str) -> None:
+    submissions, key = queue(storage)
+    unwanted, lost = (submissions.submit(SETTINGS, key).id for _ in range(2))
+    for worker in ("one", "two"):
+        assert submissions.claim(worker) is not None
+    submissions.cancel(unwanted)
+    run_out(storage)
+    waits = submissions.submit(SETTINGS, key).id
+    first, second = submissions.claim("three"), submissions.claim("four")
+    assert first is not None
+    assert second is not None
+    assert [(job.id, job.attempt) for job in (first, second)] == [(lost, 2), (waits, 1)]
+    assert submissions.get(unwanted).state == "cancelled"  # while others wait
+
+
+def test_what_is_new_of_a_job_is_asked_for_with_one_query(storage: str) -> None:
+    submissions, key = queue(storage)
+    number = submissions.submit(SETTINGS, key).id
+    seen: list[str] = []
+    engine = submissions._database.engine
+    event.listen(engine, "before_cursor_execute", lambda *told: seen.append(told[2]))
+    is_over, (queued,) = submissions.news(number)
+    assert (is_over, queued.data) == (False, {"state": "queued"})
+    assert submissions.news(number, queued.id) == (False, [])
+    submissions.cancel(number)
+    seen_before = len([each for each in seen if each.startswith("SELECT")])
+    is_over, (cancelled,) = submissions.news(number, queued.id)
+    assert (is_over, cancelled.data) == (True, {"state": "cancelled"})
+    assert len([each for each in seen if each.startswith("SELECT")]) == seen_before + 1
+
+
 def test_eight_processes_claim_forty_jobs_once_each(storage: str, tmp_path: Path) -> None:
     submissions, key = queue(storage)
     ids = [submissions.submit(SETTINGS, key).id for _ in range(40)]
@@ -315,7 +349,7 @@ def test_a_worker_runs_what_waits_and_says_how_each_came_out(storage: str, tmp_p
     assert run_jobs(storage, tmp_path / "home") == 5
     well, missed, broken, crashing, impossible = map(submissions.get, ids)
     assert well.state == missed.state == "succeeded"
-    assert well.outcome == missed.outcome == {"certified": True, "worst": None}
+    assert well.outcome == missed.outcome == OUTCOME
     assert (broken.state, broken.reason) == ("failed", "the limit must be met, got none; raise it")
     assert (crashing.state, crashing.reason) == (
         "failed",
@@ -330,7 +364,53 @@ def test_a_worker_runs_what_waits_and_says_how_each_came_out(storage: str, tmp_p
     (words,) = runs(tmp_path, well.id)
     assert words[1] == "demo"
     assert words[-1] == "1"  # no hub
-    assert {"--limit=prefill_p50<=0.7x", "--registry=http://127.0.0.1:9", "--progress=jsonl"} < set(words)
+    assert {"--limit=prefill_p50<=0.7x", "--no-promote", "--progress=jsonl"} < set(words)
+
+
+def test_a_job_promotes_only_for_a_key_that_may_and_in_its_name(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    submissions, no = queue(storage)
+    keys = Keys(Database(storage))
+    for name in ("alice", "bob"):
+        keys.create(name, ["submit", "promote"])
+    _, alice, bob = (key.id for key in keys.all())
+    ids = [submissions.submit({**SETTINGS, "seed": 1}, key).id for key in (no, alice, bob)]
+    keys.revoke("bob")
+    assert run_jobs(storage, tmp_path / "home") == 3
+    (without,), (with_it,), (revoked,) = ([set(words) for words in runs(tmp_path, number)] for number in ids)
+    assert {"--promote", "--who=alice"} < with_it
+    for words in (without, revoked):
+        assert "--no-promote" in words
+        assert not [word for word in words if word.startswith(("--promote", "--who"))]
+
+
+def test_no_password_and_no_folder_of_a_host_gets_further_than_its_process(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    submissions, key = queue(storage)
+    number = submissions.submit({**SETTINGS, "name": "leaky"}, key).id
+    run_jobs(storage, tmp_path / "home")
+    (words,) = runs(tmp_path, number)
+    assert "secret" not in " ".join(words)
+    assert (tmp_path / "home" / "jobs" / number / "registry").read_text() == REGISTRY
+    assert submissions.get(number).reason == "API request to http://127.0.0.1:9/api failed, see …/x.json"
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("at https://u:p@h:1/a/b and http://p@ss@h/c", "at https://h:1/a/b and http://h/c"),
+        ("postgresql+psycopg://me:x@host/db", "postgresql+psycopg://host/db"),
+        ("no file '/srv/a/b.json'; see /etc/x/", "no file '…/b.json'; see …/x/"),
+        ("in sqlite:////srv/a/mlflow.db, file:///srv/a/b", "in sqlite:///…/mlflow.db, file://…/b"),
+        (
+            "models:/NAME/3 at models:/NAME@champion, 3/4/5 or a/b/c",
+            "models:/NAME/3 at models:/NAME@champion, 3/4/5 or a/b/c",
+        ),
+        ({"a": ["/b/c/d", 1, None], "b": {"c": "(/x/y z)"}}, {"a": ["…/d", 1, None], "b": {"c": "(…/y z)"}}),
+    ],
+)
+def test_what_is_told_to_others_has_no_passwords_and_no_folders(said: Any, kept: Any) -> None:
+    assert redacted(said) == kept
 
 
 def is_there(process: int) -> bool:
@@ -356,7 +436,7 @@ def test_a_cancelled_job_ends_with_all_that_it_started(storage: str, tmp_path: P
 
 
 def test_one_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "STOP_S", 0.5)
+    monkeypatch.setattr(job_process, "STOP_S", 0.5)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     submissions, key = queue(storage)
     number = submissions.submit({**SETTINGS, "name": "stubborn"}, key).id
@@ -389,6 +469,47 @@ def test_a_job_whose_worker_is_killed_is_run_again_by_another(storage: str, tmp_
     assert one == other  # the same command, which resumes
 
 
+def test_a_process_ends_at_once_where_its_job_is_another_workers(storage: str, tmp_path: Path) -> None:
+    submissions, key = queue(storage)
+    number = submissions.submit({**SETTINGS, "name": "stubborn"}, key).id
+    worker = FORK.Process(target=run_jobs, args=(storage, tmp_path / "home"), kwargs={"seconds": HELD})
+    worker.start()
+    wait_until(lambda: submissions.get(number).study)
+    with looked_into(storage) as connection:
+        connection.execute(text("UPDATE submission SET worker = 'another', attempt = 2, expires = 1e12"))
+    worker.join(job_process.STOP_S / 2)
+    assert worker.exitcode == 0
+    assert not is_there(int(runs(tmp_path, number)[0][0]))
+    assert (submissions.get(number).state, submissions.get(number).worker) == ("running", "another")
+
+
+def test_a_process_ends_while_its_worker_is_stopped_and_is_started_again_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_process, "SIGN_S", 0.1)
+    monkeypatch.setattr(jobs, "SILENCE_S", 1.0)  # as in the process
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    submissions, key = queue(storage)
+    number = submissions.submit({**SETTINGS, "name": "watched"}, key).id
+    stop = FORK.Event()
+    worker = FORK.Process(target=run_jobs, args=(storage, tmp_path / "home", stop.is_set), kwargs={"once": False})
+    worker.start()
+    assert worker.pid is not None
+    wait_until(lambda: submissions.get(number).study)
+    time.sleep(1.5)
+    first = int(runs(tmp_path, number)[0][0])
+    assert is_there(first)
+    os.kill(worker.pid, signal.SIGSTOP)
+    wait_until(lambda: not is_there(first))
+    time.sleep(0.5)
+    os.kill(worker.pid, signal.SIGCONT)
+    wait_until(lambda: len(runs(tmp_path, number)) == 2)
+    stop.set()
+    worker.join(30)
+    assert (submissions.get(number).state, submissions.get(number).attempt) == ("queued", 0)
+    assert states(submissions, number) == ["queued", "running", "queued", "running", "queued"]
+
+
 def test_a_study_that_another_drives_is_waited_for(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     submissions, key = queue(storage)
@@ -415,12 +536,12 @@ def test_two_jobs_of_one_study_are_run_one_after_the_other(tmp_path: Path) -> No
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     submissions, key = queue(storage)
     number = submissions.submit({**SETTINGS, "name": "second"}, key).id
-    leases = Leases(Database(storage), "twice")
+    leases = Leases(Database(storage), "driven twice")
     leases.create()
     leases.drive("another-host/x/2/1")
     worker = FORK.Process(target=run_jobs, args=(storage, tmp_path / "home"))
     worker.start()
-    wait_until(lambda: submissions.get(number).study == "twice")
+    wait_until(lambda: submissions.get(number).study == "driven twice")
     time.sleep(0.7)
     assert len(runs(tmp_path, number)) == 1
     leases.leave("another-host/x/2/1")
