@@ -36,6 +36,7 @@ def ended(tmp_path_factory):
     host = this_worker().rsplit("/", 2)[0]
     study.leases.claim(f"{host}/{GONE}/1", NUM_TRIALS)
     work(storage, "soak", 0.0, lambda: False, table=Table.load())
+    study.mirror.sweep()
     return path, soak.undisturbed(NUM_TRIALS, 0)
 
 
