@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int, float | None], None]
 """Told of every step: what is going on, trials done, steps done, best feasible score so far."""
 Pool = Callable[[Study, JobConfig, Callable[[str], None]], None]
 """Has workers try the trials of a study that is open, and returns when it has them all; says so from time to time."""
-STEPS_AFTER = 22  # what is said between the last trial and the end, for the time left
+STEPS_AFTER = 25  # what is said between the last trial and the end, for the time left
 
 FASTEST = Plan(stages=(Stage(layer=0, keep=0.0, selector="uniform"),))
 

@@ -185,7 +185,7 @@ def _card(config: JobConfig, profile: Profile, proof: Proof, told: Sequence[Told
     }
     return environment.get_template("card.md.jinja").render(
         name=config.name,
-        alias=f"candidate-{profile.device.slug}",
+        alias=f"{'champion' if profile.certified else 'candidate'}-{profile.device.slug}",
         profile=profile,
         proof=proof,
         certificate=proof.certificate,

@@ -59,7 +59,10 @@ def prune(model: nn.Module, plan: Plan | Profile | Path | str, *, allow_device: 
         plan = plan.plan
     _check_plan(plan, anatomy)
     if anatomy.multimodal in _PRUNED:
-        raise RealizationError("a model must be under one plan at a time, got a second prune(); leave the first `with`")
+        raise RealizationError(
+            "a model must be under one plan at a time, got a second prune(); leave the first `with`, or remove() what "
+            "autotune.apply gave"
+        )
     trace = Trace()
     with ExitStack() as cleanup:
         _PRUNED.add(anatomy.multimodal)

@@ -69,6 +69,17 @@ def errors(debug: bool) -> Iterator[None]:
             raise
         stderr.print(f"error: no room to write: {error}; free some, and run the same command again", style="red")
         raise typer.Exit(2) from error
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        stderr.print(
+            f"error: this command needs more than is installed: {error}; pip install 'btp-autotune[tune,serve]'",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(2) from error
     except (AutotuneError, BTPError) as error:
         if debug:
             raise

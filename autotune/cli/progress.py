@@ -59,8 +59,8 @@ def showing(kind: Kind, target: int, num_steps: int, quiet: bool) -> Iterator[Sh
 
             def opened(study: str) -> None:
                 if not quiet:
-                    text = f"study {study}; others may join: autotune worker --study {study}"
-                    progress.console.print(text, markup=False)
+                    text = f"others may join: autotune worker --study {study} --storage DATABASE"
+                    progress.console.print(f"study {study}\n{text}", markup=False, soft_wrap=True)
 
             yield Shown(step, opened, lambda _: None, lambda _: None)
 

@@ -110,8 +110,9 @@ def _tell(done: Promotion, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(done)))
     else:
-        before = "nothing" if done.before is None else f"version {done.before}"
-        say(f"models:/{done.name}@{done.alias} is version {done.after} now, and was {before} before")
+        before = "from nothing" if done.before is None else f"from version {done.before}"
+        when = datetime.fromtimestamp(done.at, UTC).isoformat(timespec="seconds")
+        say(f"models:/{done.name}@{done.alias} is version {done.after}, {before}; {done.who}, {when}: {done.why}")
 
 
 def _me() -> str:

@@ -129,7 +129,7 @@ def test_promotion_rollback_and_log(registry: Registry, tmp_path: Path) -> None:
     alias = "champion-nvidia-h200"
     first = told("promote", "tiny/1", "--why", "fast enough", "--who", "me@here", *storage)
     assert (first["alias"], first["before"], first["after"], first["who"]) == (alias, None, 1, "me@here")
-    assert f"models:/tiny@{alias} is version 2 now, and was version 1 before" in typed(
+    assert f"models:/tiny@{alias} is version 2, from version 1; " in typed(
         "promote", "models:/tiny/2", "--why", "better", *storage
     )
     assert "must not be champion-nvidia-h200: it is not certified" in typed(
