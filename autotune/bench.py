@@ -24,6 +24,7 @@ from autotune.plan_file import measure_ratio, model_digest
 from autotune.scores import joined
 from autotune.store import Database, Results
 from btp.calibration import cosine_shift, stage_layers, withdrawal_layer
+from btp.cost import image_token_flops, kv_cache_bytes
 from btp.errors import PlanError
 from btp.families import anatomy_of
 from btp.latency import device_key
@@ -73,6 +74,21 @@ class Bench:
     def workload(self) -> Workload:
         """What is run here: the part of the device's key that a profile is made for."""
         return Workload(**{field.name: getattr(self.key, field.name) for field in fields(Workload)})
+
+    @property
+    def image_processor(self) -> Any:
+        return self._processor.image_processor
+
+    def inputs_of(self, example: Example) -> dict[str, Any]:
+        """Model inputs of one question about its picture."""
+        return prompt_inputs(self._processor, [example], self._config.device)
+
+    def cost_of(self, tokens: Sequence[int]) -> tuple[float, float]:
+        """Of image tokens by layer, in the prompt that latency is measured with: their GFLOPs, and the cache's MiB."""
+        decoder, num_text_tokens = self.anatomy.decoder, self.key.prompt_tokens - self.key.image_tokens
+        gflops = image_token_flops(tokens, decoder.hidden_size, decoder.intermediate_size) / 1e9
+        size = self.model.dtype.itemsize
+        return gflops, kv_cache_bytes(decoder, tokens, num_text_tokens, bytes_per_number=size) / 2**20
 
     def ratio(self, plan: Plan, effort: int = 1) -> tuple[Interval, float]:
         """Measured latency ratio to dense, and dense's milliseconds, with `effort` times the usual pairs."""
@@ -206,6 +222,14 @@ class Bench:
         """Mean over the tasks, and each task's mean."""
         by_task = self.table(split).by_task(self.scores(plan, split).scores)
         return sum(by_task.values()) / len(by_task), by_task
+
+    def dense(self) -> dict[str, Any]:
+        """What dense comes to on `select`: its score with an interval, by task, image GFLOPs and MiB of cache."""
+        dense = self.scores(Plan(stages=()), "select")
+        macro, by_task = self.table("select").macro(dense.scores), self.table("select").by_task(dense.scores)
+        gflops, cache_mib = self.cost_of(dense.commonest)
+        bounds = {"score": macro.value, "score_low": macro.low, "score_high": macro.high}
+        return {**bounds, "by_task": by_task, "gflops": gflops, "cache_mib": cache_mib}
 
     def _make_evaluator(self) -> Callable[[Plan, str, int, int | None], Scores]:
         """Several processes on a CPU; on a GPU, or for one worker, the model that is here already."""

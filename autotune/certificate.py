@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 from btp.intervals import Interval
 
@@ -53,6 +54,14 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, as it stands in a profile's evidence under "certificate"."""
         return {**asdict(self), "certified": self.certified, "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Of what `to_dict` gave."""
+        told = {each.name: record[each.name] for each in fields(cls)}
+        intervals = {name: Interval(**told[name]) for name in ("macro", "minus_dense", "retention")}
+        latency = told["latency"] and Interval(**told["latency"])
+        return cls(**{**told, **intervals, "latency": latency})
 
     def _accuracy_reasons(self) -> list[str]:
         found = []

@@ -81,6 +81,12 @@ class ScoreTable:
         """Macro of `scores` minus macro of `reference`, paired by sample."""
         return self.macro(np.asarray(scores, float) - np.asarray(reference, float))
 
+    def differences(self, scores: Sequence[float], reference: Sequence[float]) -> dict[str, Interval]:
+        """As `difference`, under "macro", and of every task's mean under its name."""
+        sums = self._sums(np.asarray(scores, float) - np.asarray(reference, float))
+        by_task = {task: self._interval(sums, [index]) for index, task in enumerate(self.tasks)}
+        return {"macro": self._interval(sums, slice(None)), **by_task}
+
     def worst_task(self, scores: Sequence[float], dense: Sequence[float]) -> tuple[str, Interval]:
         """The task that keeps least of its dense accuracy, of equals the least accurate; its accuracy with an interval.
 

@@ -138,7 +138,7 @@ def deliver(
         rows=proof.rows,
         tuned_minus=proof.minus,
         version=version.uri,
-        alias=f"models:/{config.name}@{version.aliases[0]}",
+        alias=f"models:/{config.name}@{version.alias}" if version.alias else version.uri,
         fresh_ratio=fresh.ratio,
         met=fresh.met,
         reproduced=reproduced,
@@ -171,6 +171,9 @@ def promoted(config: JobConfig, registry: Registry, version: Version, why: str) 
     except RegistryError as error:
         return version, str(error)
     try:
+        was = next((row for row in profiles.log(version.name) if row.after == version.version), None)
+        if was is not None and was.alias not in version.aliases:
+            return version, f"it was {was.alias} before; autotune profiles promote makes it that again"
         done = profiles.promote(version, who=who, why=why)
     except GateError as error:
         return version, str(error)
@@ -178,24 +181,39 @@ def promoted(config: JobConfig, registry: Registry, version: Version, why: str) 
 
 
 def _register(config: JobConfig, bench: Bench, study: Study, registry: Registry, proof: Proof) -> Version:
+    """The version of what was proven: one, however often the job is run."""
+    profile = Profile.load(config.out / "profile.json")
+    if (known := registry.known_as(config.name, profile.digest)) is not None:
+        return known
     dense, tuned = proof.rows[0], proof.rows[-1]
     metrics = {
-        "latency_ratio": tuned.latency.value,
         "macro": tuned.macro.value,
-        "macro_retention": tuned.macro.value / max(dense.macro.value, 1e-9),
+        "retention": tuned.macro.value / max(dense.macro.value, 1e-9),
         "worst_task_retention": tuned.worst.value / max(dense.by_task[tuned.worst_task], 1e-9),
+        "ratio": proof.measured.ratio.value,
+        "latency_ms": proof.measured.ms.value,
     }
-    tags = {"study": study.name, "device": bench.key.name, "limit": str(config.limit)}
     return registry.register(
         name=config.name,
         profile_path=config.out / "profile.json",
         evidence={name: config.out / name for name in PAPERS},
-        tags={**tags, **{name: f"{value:.4f}" for name, value in metrics.items()}},
+        tags={},
         metrics=metrics,
         params={"limit": str(config.limit), "seed": str(config.seed), "model": config.model},
         experiment=config.name,
         finalists={name: _finalist(certificate) for name, certificate in proof.certificates.items()},
+        description=_described(profile, proof, config),
     )
+
+
+def _described(profile: Profile, proof: Proof, config: JobConfig) -> str:
+    """What whoever opens the version in MLflow reads first, as Markdown."""
+    verdict = "**Certified**" if profile.certified else f"**Not certified**: {'; '.join(profile.uncertified_because)}"
+    measured, minus = proof.measured, proof.certificate.minus_dense
+    figures = (
+        f"{config.limit}: {measured.ratio:.3f} of dense, {measured.ms:.1f} ms; macro accuracy {minus:+.3f} to dense"
+    )
+    return f"{verdict}\n\n{figures} on held-out pictures.\n\nThe whole of it: `profile/CARD.md` of the source run."
 
 
 def _finalist(certificate: Certificate) -> dict[str, float | str]:
@@ -205,7 +223,7 @@ def _finalist(certificate: Certificate) -> dict[str, float | str]:
         "macro_minus_dense": certificate.minus_dense.value,
         "adjusted_p": certificate.adjusted_p,
         "worst_task_retention": certificate.retention.value,
-        **({} if certificate.latency is None else {"latency_ratio": certificate.latency.value}),
+        **({} if certificate.latency is None else {"ratio": certificate.latency.value}),
         "certified": str(certificate.certified).lower(),
         "reasons": "; ".join(certificate.reasons),
     }

@@ -19,10 +19,11 @@ from autotune.config import AutotuneError, JobConfig
 from autotune.data import Example
 from autotune.delivery import Outcome, check_out, deliver, registry_of
 from autotune.measured import Measured, measure_fresh
-from autotune.objective import Told
-from autotune.papers import Proof, Row
+from autotune.objective import Told, front
+from autotune.papers import Proof, Row, code_version
 from autotune.samplers import SAMPLERS
 from autotune.search import CONTROLS, DENSE, LEARNED, PUBLISHED, Search, title
+from autotune.sights import keep_sights
 from autotune.space import SearchSpace
 from autotune.study import Study
 from btp.cost import image_token_flops, tokens_per_layer
@@ -60,7 +61,7 @@ def run(
     _check_plans(config, bench)
     registry_of(config).check_home(config.name, bench.anatomy.identity, bench.workload)
     progress("measuring dense", 0, 0, None)
-    limit = _feasible_limit(bench, config)
+    limit, dense_ms = _feasible_limit(bench, config)
     config.out.mkdir(parents=True, exist_ok=True)
     name = study_name(bench, config, space)
     study = Study(bench.database, name, config.seed)
@@ -71,7 +72,7 @@ def run(
         say = _Reporter(study, config.num_trials, progress, alive)
         search = Search(config, bench, study, space, say)
         search.prepare(limit, registered(config, bench))
-        study.leases.open({"settings": config.to_dict(), "fits": identity(bench)}, config.num_trials)
+        study.leases.open({"settings": config.to_dict(), **context(config, bench, dense_ms)}, config.num_trials)
         opened(name)
         if pool is None:
             search.run()
@@ -81,7 +82,10 @@ def run(
             raise AutotuneError(f"{name} was closed before it had its trials; run the same command again to resume")
         study.leases.close()
         search.finish()
-        return deliver(config, bench, study, _proven(bench, study, config, say), say, began)
+        proof = _proven(bench, study, config, say)
+        say("noting what the plans look at")
+        keep_sights(bench, _shown(study, proof))
+        return deliver(config, bench, study, proof, say, began)
 
 
 def _anew(study: Study, bench: Bench, config: JobConfig) -> Study:
@@ -138,6 +142,16 @@ def identity(bench: Bench) -> dict[str, Any]:
     }
 
 
+def context(config: JobConfig, bench: Bench, dense_ms: float) -> dict[str, Any]:
+    """What a study is about: for its workers, what they have to have, and for whoever looks at it.
+
+    "scope" is under what its results are kept. Of "dense" the milliseconds are known when it is opened; workers add
+    `Bench.dense`.
+    """
+    registry = registry_of(config).address
+    return {"fits": identity(bench), "scope": bench.digest, "registry": registry, "dense": {"ms": dense_ms}}
+
+
 class _Reporter:
     """Turns steps into progress, a step a trial, then a step a saying; and shows that the driver lives."""
 
@@ -153,8 +167,8 @@ class _Reporter:
         self._progress(what, len(told), min(len(told), self._num_trials) + self._after, best)
 
 
-def _feasible_limit(bench: Bench, config: JobConfig) -> float:
-    """The limit as a ratio. Refuses one that nothing can meet before anything is written."""
+def _feasible_limit(bench: Bench, config: JobConfig) -> tuple[float, float]:
+    """The limit as a ratio, and dense's milliseconds. Refuses one that nothing can meet before anything is written."""
     fastest, dense_ms = bench.ratio(FASTEST)
     limit = config.limit.ratio(dense_ms)
     if fastest.value > limit:
@@ -163,7 +177,7 @@ def _feasible_limit(bench: Bench, config: JobConfig) -> float:
             f"reached {fastest.value:.2f}x of dense ({fastest.value * dense_ms:.1f} of {dense_ms:.1f} ms); "
             "raise the limit"
         )
-    return limit
+    return limit, dense_ms
 
 
 def study_name(bench: Bench, config: JobConfig, space: SearchSpace) -> str:
@@ -204,13 +218,33 @@ def _reasons(study: Study) -> str:
 
 
 def _proven(bench: Bench, study: Study, config: JobConfig, say: Callable[[str], None]) -> Proof:
+    """The proof, found once for what the study tried: run again, the job is to hand out the profile that it did."""
     chosen = {t.name: t for t in _finalists(study, config)}
-    certificates, measured = _certified(chosen, bench, study, config, say)
-    name = next((name for name, each in certificates.items() if each.certified), next(iter(certificates)))
-    rows, minus = _compared(bench, study, chosen[name], say)
-    return Proof(
-        champion=chosen[name], certificates=certificates, measured=measured[name], rows=tuple(rows), minus=minus
-    )
+
+    def compute() -> dict[str, Any]:
+        certificates, measured = _certified(chosen, bench, study, config, say)
+        name = next((name for name, each in certificates.items() if each.certified), next(iter(certificates)))
+        rows, minus = _compared(bench, study, chosen[name], say)
+        return Proof(
+            champion=chosen[name],
+            code_version=code_version(),
+            certificates=certificates,
+            measured=measured[name],
+            rows=tuple(rows),
+            minus=minus,
+        ).to_dict()
+
+    rests_on = [study.name, config.margin, config.num_finalists, config.repeats, [t.to_dict() for t in study.told()]]
+    digest = hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()
+    proof: Proof = Proof.from_dict(bench.results.once(f"proof-{digest[:20]}", compute))
+    return proof
+
+
+def _shown(study: Study, proof: Proof) -> list[Plan]:
+    """The plans that anyone may want to look at: the champion, the front, and those that were set by hand."""
+    complete = [t for t in study.told() if t.complete and t.measured]
+    fixed = [t.plan for t in complete if not t.name.startswith("trial ")]
+    return list(dict.fromkeys([proof.champion.plan, *(t.plan for t in front(complete)), *fixed]))
 
 
 def _certified(

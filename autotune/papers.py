@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from autotune import data
 from autotune.bench import Bench
@@ -59,6 +59,13 @@ class Row:
         kept = {name: value for name, value in asdict(self).items() if name != "scores"}
         return {**kept, "plan": self.plan.to_dict()}
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Of what `to_dict` gave, and its scores."""
+        intervals = {name: Interval(**record[name]) for name in ("latency", "macro", "worst")}
+        scores = tuple(record["scores"])
+        return cls(**{**record, **intervals, "plan": Plan.from_dict(record["plan"]), "scores": scores})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
@@ -66,9 +73,11 @@ class Proof:
 
     certificates: of every finalist, by name. measured: the champion in a process of its own. rows: what is compared,
     dense first and the champion, "tuned", last. minus: the champion's macro accuracy minus each of the others'.
+    code_version: what proved it.
     """
 
     champion: Told
+    code_version: str
     certificates: Mapping[str, Certificate]
     measured: Measured
     rows: tuple[Row, ...]
@@ -78,6 +87,27 @@ class Proof:
     def certificate(self) -> Certificate:
         """The champion's."""
         return self.certificates[self.champion.name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "champion": self.champion.to_dict(),
+            "code_version": self.code_version,
+            "certificates": {name: each.to_dict() for name, each in self.certificates.items()},
+            "measured": self.measured.to_dict(),
+            "rows": [{**row.to_dict(), "scores": list(row.scores)} for row in self.rows],
+            "minus": {name: asdict(interval) for name, interval in self.minus.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        return cls(
+            champion=Told.from_dict(record["champion"]),
+            code_version=record["code_version"],
+            certificates={name: Certificate.from_dict(each) for name, each in record["certificates"].items()},
+            measured=Measured.from_dict(record["measured"]),
+            rows=tuple(Row.from_dict(row) for row in record["rows"]),
+            minus={name: Interval(**interval) for name, interval in record["minus"].items()},
+        )
 
 
 def write_papers(config: JobConfig, bench: Bench, study: Study, proof: Proof) -> Profile:
@@ -103,7 +133,7 @@ def _profile(config: JobConfig, bench: Bench, study: Study, proof: Proof, answer
     evidence = {
         "study": study.name,
         "limit": str(config.limit),
-        "code_version": code_version(),
+        "code_version": proof.code_version,
         "data": bench.data_digests,
         "model_digest": bench.model_digest,
         "answers": answers,
@@ -142,8 +172,7 @@ def trial_columns(study: Study) -> dict[str, list[Any]]:
     """Every trial, those that failed last: a column a field, as JSON where it is no number or text."""
     rows: list[dict[str, Any]] = [
         {
-            **asdict(t),
-            "plan": t.plan.to_dict(),
+            **t.to_dict(),
             "feasible": t.feasible,
             "state": "complete" if t.complete else "stopped",
         }

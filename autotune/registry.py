@@ -82,14 +82,16 @@ class Registry:
         params: Mapping[str, str],
         experiment: str,
         finalists: Mapping[str, Mapping[str, float | str]] = MappingProxyType({}),
+        description: str = "",
     ) -> Version:
         """Store a profile with its evidence as a new version of `name` and make it its device's candidate, last of all.
 
         What the profile says becomes tags beside `tags`, the digests with it. `evidence` maps a name inside the
         version's folder to a file or folder here, `finalists` a name to what its child run shows: numbers as metrics,
-        texts as tags. The profile is checked before anything is written (`ProfileError`), and so is that the name is
-        for its model and workload. If any later step fails, the runs and the version are deleted again and the alias
-        still points where it did; the files of a deleted run stay on disk until `mlflow gc`.
+        texts as tags. description: of the version, Markdown. The profile is checked before anything is written
+        (`ProfileError`), and so is that the name is for its model and workload. If any later step fails, the runs and
+        the version are deleted again and the alias still points where it did; the files of a deleted run stay on disk
+        until `mlflow gc`.
         """
         with tempfile.TemporaryDirectory() as staging, ExitStack() as undo:
             profile, manifest = stage(Path(staging) / FOLDER, profile_path, evidence)
@@ -107,7 +109,7 @@ class Registry:
                 self.check_home(name, profile.model, profile.workload)  # another may have made it in between
                 told |= {SHA256: profile.digest, MANIFEST: manifest, IDENTITY: identity_of(profile.model)}
                 client, source = self._store.client, f"runs:/{run_id}/{FOLDER}"
-                created = client.create_model_version(name, source, run_id, tags=told)
+                created = client.create_model_version(name, source, run_id, tags=told, description=description)
                 undo.callback(client.delete_model_version, name, str(created.version))
                 alias = f"candidate-{profile.device.slug}"
                 client.set_registered_model_alias(name, alias, str(created.version))
@@ -170,6 +172,16 @@ class Registry:
         if name is not None:
             return sorted(listed, key=lambda version: version.version, reverse=True)
         return sorted(listed, key=lambda version: (version.created, version.name, version.version), reverse=True)
+
+    def known_as(self, name: str, sha256: str) -> Version | None:
+        """The version of `name` whose profile has this digest, the oldest of several; None where there is none."""
+        if not self._store.exists:
+            return None
+        try:
+            versions = self.versions(name)
+        except NotRegisteredError:
+            return None
+        return next((version for version in reversed(versions) if version.sha256 == sha256), None)
 
     def profile(self, version: Version) -> Profile:
         """The profile of a version as it is stored now, checked. Raises RegistryError."""

@@ -27,6 +27,11 @@ class Scores:
     kl: tuple[float, ...]
     nll: tuple[float, ...]
 
+    @property
+    def commonest(self) -> tuple[int, ...]:
+        """The image tokens by layer that most prefills had."""
+        return max(self.realised, key=lambda counted: counted[1])[0]
+
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """The scores of the parts' samples, one part after the other."""

@@ -66,7 +66,19 @@ class Scoring:
             )
             if surely_beaten or ratio.low > self._limit:
                 break
-        return told
+        return self._with_papers(told, scores)
+
+    def _with_papers(self, told: Told, scores: Scores) -> Told:
+        """With what the search does not ask for and its readers do: intervals, and what the plan leaves to compute."""
+        tokens = scores.commonest
+        gflops, cache_mib = self._bench.cost_of(tokens)
+        told = replace(told, tokens=tokens, image_gflops=gflops, cache_mib=cache_mib)
+        if not told.complete:
+            return told
+        table, dense = self._bench.table("select"), self._bench.scores(DENSE, "select").scores
+        macro, minus = table.macro(scores.scores), table.differences(scores.scores, dense)
+        bounds = {name: (each.value, each.low, each.high) for name, each in minus.items()}
+        return replace(told, score_low=macro.low, score_high=macro.high, minus_dense=bounds)
 
     def _is_dominated(self, scores: Scores, ratio: float) -> bool:
         members = [self._bench.scores(t.plan, "select").scores for t in rivals(self._study.told(), ratio)]

@@ -95,7 +95,8 @@ class Search:
         """
         self._say("answering `select` with dense")
         with self._pulsing(_unless(stop)):
-            self._bench.scores(DENSE, "select")
+            dense = self._bench.dense()
+        self._study.leases.add("dense", dense)
         while not self._study.is_done(self._config.num_trials) and self._study.leases.opened is not None:
             if stop():
                 raise StoppedError

@@ -6,7 +6,7 @@ import random
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -207,9 +207,7 @@ class Study:
 
     def tell(self, asked: Asked, told: Told, key: str = "") -> None:
         """Finish the trial. key: equal for plans that realise the same, for `same_as`. Raises LeaseLostError."""
-        draw = dict(told.draw) if told.draw is not None else None
-        record = {**asdict(told), "plan": told.plan.to_dict(), "by_task": dict(told.by_task), "draw": draw}
-        self.leases.tell(asked.lease, record, key)
+        self.leases.tell(asked.lease, told.to_dict(), key)
         self.mirror.tell(asked.lease, told)
 
     def fail(self, asked: Asked, reason: str) -> None:

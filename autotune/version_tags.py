@@ -36,7 +36,7 @@ def _texts(profile: Profile) -> dict[str, str]:
     device = {"device": profile.device.slug, "device_name": profile.device.name, "dtype": profile.device.dtype}
     measured = part_of(profile.evidence, "latency")
     how = {name: str(measured.get(name, "")) for name in ("metric", "quantile")}
-    return {**told, **device, **how, "data_digest": sha256_of(data) if data else ""}
+    return {**told, **device, **how, "plan": profile.plan.digest, "data_digest": sha256_of(data) if data else ""}
 
 
 def _numbers(profile: Profile) -> dict[str, float]:

@@ -65,7 +65,7 @@ def _row(service: Service, study: str) -> StudyRow:
 def _told_of(row: StudyRow) -> dict[str, Any]:
     """Of its settings those that mean something elsewhere than on its host."""
     settings = {name: row.settings.get(name) for name in ("limit", "sampler", "seed", "guard", "device")}
-    return {**settings, **{name: value for name, value in asdict(row).items() if name != "settings"}}
+    return {**settings, **{name: value for name, value in asdict(row).items() if name not in ("settings", "context")}}
 
 
 def _told(service: Service, study: str) -> list[Told]:

@@ -4,7 +4,7 @@ from autotune.store.database import Database, StoreError, begin_immediately
 from autotune.store.keys import SCOPES, Key, Keys
 from autotune.store.leases import Evaluation, Lease, LeaseLostError, Leases, this_worker
 from autotune.store.promotions import Promotion, Promotions
-from autotune.store.results import Results
+from autotune.store.results import Block, Results
 from autotune.store.studies import Studies, StudyRow
 from autotune.store.submissions import (
     FINAL,
@@ -20,6 +20,7 @@ __all__ = [
     "FINAL",
     "SCOPES",
     "STATES",
+    "Block",
     "ConflictError",
     "Database",
     "Evaluation",

@@ -123,6 +123,17 @@ class Leases:
         """Let workers ask, until there are `target` trials, if they were not started with fewer. config: for them."""
         self._set_job(config=dict(config), target=target, is_open=True)
 
+    def add(self, name: str, more: Mapping[str, Any]) -> None:
+        """Say more under a name of the config of a study that is open, until it is opened anew."""
+
+        def act(connection: Connection) -> None:
+            self._locked(connection)
+            config = connection.execute(select(job.c.config).where(job.c.study == self._study)).scalar_one()
+            mine = update(job).where(job.c.study == self._study, job.c.is_open)
+            connection.execute(mine.values(config={**config, name: {**config.get(name, {}), **more}}))
+
+        self._database.run(act)
+
     def close(self) -> None:
         """Have workers end, whatever is left to try."""
         self._set_job(is_open=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, insert, select
@@ -14,7 +15,18 @@ from autotune.scores import Scores
 from autotune.store.database import Database
 from autotune.store.tables import Now, device, kept, latency_block, sample_result
 
-__all__ = ["Results"]
+__all__ = ["Block", "Results"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One measurement: pairs of runs in milliseconds, in the order they were made. measured: seconds since 1970."""
+
+    device: Mapping[str, Any]
+    limit: str
+    dense_ms: tuple[float, ...]
+    pruned_ms: tuple[float, ...]
+    measured: float
 
 
 class Results:
@@ -48,6 +60,11 @@ class Results:
             found = self._insert(name, {"realised": scores.realised}, rows)
         return _scores(*found)
 
+    def found(self, name: str) -> dict[str, Any] | None:
+        """What `once` kept under a name; None where it has not been computed."""
+        found = self._find(name)
+        return None if found is None else dict(found[0])
+
     def forget(self) -> None:
         """Delete all that was kept; measured pairs stay."""
 
@@ -78,6 +95,16 @@ class Results:
             self._database.run(act)
         except IntegrityError:  # another noted the same device at the same moment
             self._database.run(act)
+
+    def blocks(self, plan: str) -> list[Block]:
+        """Every measurement of a plan, by its digest, on whatever device; oldest first."""
+        columns = (latency_block.c.limit, latency_block.c.dense_ms, latency_block.c.pruned_ms, latency_block.c.measured)
+        query = select(device.c.key, *columns).join(device, device.c.id == latency_block.c.device)
+        query = query.where(latency_block.c.plan == plan).order_by(latency_block.c.id)
+        return [
+            Block(device=key, limit=limit, dense_ms=tuple(dense), pruned_ms=tuple(pruned), measured=measured)
+            for key, limit, dense, pruned, measured in self._database.run(lambda c: c.execute(query).all())
+        ]
 
     def _find(self, name: str) -> _Found | None:
         query = select(kept.c.id, kept.c.value).where(kept.c.scope == self._scope, kept.c.name == name)

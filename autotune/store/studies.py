@@ -16,10 +16,15 @@ __all__ = ["Studies", "StudyRow"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyRow:
-    """A study. settings: what its workers start from, empty before it was opened. created: seconds since 1970."""
+    """A study. created: seconds since 1970.
+
+    settings: what its workers start from, and context: what it is about (`autotune.job.context`); both are empty
+    before it was opened.
+    """
 
     name: str
     settings: Mapping[str, Any]
+    context: Mapping[str, Any]
     num_told: int
     target: int
     is_open: bool
@@ -56,6 +61,7 @@ def _row(row: RowMapping) -> StudyRow:
     return StudyRow(
         name=row["study"],
         settings=row["config"].get("settings", {}),
+        context={name: value for name, value in row["config"].items() if name != "settings"},
         num_told=row["num_told"],
         target=row["target"],
         is_open=row["is_open"],

@@ -1,5 +1,7 @@
 """The main job as a stranger runs it: their folder, their JSONL, real processes, and everything that can be wrong."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from PIL import Image
 from pyarrow import parquet
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from typer.testing import CliRunner
@@ -25,9 +28,12 @@ from autotune import data, job, reference
 from autotune.bench import Bench
 from autotune.cli import app
 from autotune.config import JobConfig, Limit
+from autotune.objective import Told
 from autotune.registry import Registry
-from autotune.store import Database
+from autotune.sights import SAMPLES, sight_name
+from autotune.store import Database, Results, Studies
 from autotune.study import Study
+from btp.cost import tokens_per_layer
 from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
@@ -181,6 +187,48 @@ def test_the_papers_say_what_was_measured_answered_and_tried(finished: tuple[Pat
         assert paper in card
 
 
+def test_what_the_plans_look_at_is_kept_as_they_keep_it(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    plan = Profile.load(out / "profile.json").plan
+    row = Studies(Database(f"sqlite:///{out / 'study.db'}")).page(1)[0]
+    results = Results(Database(f"sqlite:///{out / 'study.db'}"), row.context["scope"])
+    samples, seen = results.found(SAMPLES), results.found(sight_name(plan))
+    assert samples is not None
+    assert seen is not None
+    assert {sample["task"] for sample in samples["samples"]} == {"existence", "attribute", "reading", "caption"}
+    counts = tokens_per_layer(plan, 8, 256)
+    for sample, shown in zip(seen["samples"], samples["samples"], strict=True):
+        assert [(each["layer"], len(each["tokens"])) for each in sample["stages"]] == [
+            (stage.layer, counts[stage.layer]) for stage in plan.stages
+        ]
+        assert sum(width * height for _, _, width, height in sample["grid"]) == pytest.approx(1, abs=1e-3)
+        picture = Image.open(io.BytesIO(base64.b64decode(shown["image"])))
+        assert picture.size == (shown["width"], shown["height"])
+
+
+def test_who_looks_is_told_what_dense_comes_to_and_what_a_trial_differs_by(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    out, outcome = finished
+    studies = Studies(Database(f"sqlite:///{out / 'study.db'}"))
+    dense = studies.page(1)[0].context["dense"]
+    assert dense["ms"] > 0
+    assert dense["score_low"] <= dense["score"] <= dense["score_high"]
+    told = [Told.from_dict(record) for record in studies.records(outcome["study"])]
+    complete = [t for t in told if t.complete]
+    assert complete
+    for t in complete:
+        assert t.minus_dense["macro"][0] == pytest.approx(t.score - dense["score"])
+        assert {task: t.minus_dense[task][0] for task in t.by_task} == pytest.approx(
+            {task: t.by_task[task] - dense["by_task"][task] for task in t.by_task}
+        )
+        assert t.score_low is not None
+        assert t.score_high is not None
+        assert t.score_low <= t.score <= t.score_high
+        assert t.image_gflops is not None
+        assert 0 < t.image_gflops < dense["gflops"]
+
+
 def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> None:
     search = finished[1]["search"]
     assert "trials" in search["steering"]
@@ -273,7 +321,16 @@ def test_running_again_resumes_and_computes_nothing_twice(
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
     assert (again["study"], again["num_trials"]) == (outcome["study"], 7)
-    assert kept(out)[: len(before)] == before
+    assert kept(out) == before
+
+
+def test_running_again_registers_nothing_twice(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Whatever has run before: a study is one run and one version."""
+    out, outcome = finished
+    with closing(sqlite3.connect(out / "mlflow.db")) as connection:
+        runs = connection.execute("SELECT value FROM tags WHERE key = 'study'").fetchall()
+    assert runs == [(outcome["study"],)]
+    assert [v.uri for v in Registry(f"sqlite:///{out / 'mlflow.db'}").versions("model")] == [outcome["version"]]
 
 
 def refused(*command: str) -> str:
