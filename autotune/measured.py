@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from autotune.config import AutotuneError, JobConfig, Limit
 from btp.intervals import Interval, ratio_interval
+from btp.sealed import sha256_of
 
 __all__ = ["Measured", "measure_fresh"]
 
@@ -64,7 +65,8 @@ class Measured:
     def summary(self) -> dict[str, Any]:
         """Plain data without the runs, as it stands in a profile's evidence under "latency"."""
         limit = Limit.parse(self.limit)
-        figures = {"ratio": asdict(self.ratio), "ms": asdict(self.ms), "dense_ms": self.dense_ms}
+        device = {"device_key": sha256_of(dict(self.device))}
+        figures = {**device, "ratio": asdict(self.ratio), "ms": asdict(self.ms), "dense_ms": self.dense_ms}
         return {"metric": limit.metric, "quantile": limit.quantile, **figures}
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 
 from autotune.config import STORAGE, AutotuneError
 from autotune.portfolio import METRIC, QUANTILE, best_of
@@ -21,6 +22,7 @@ from autotune.store.database import BusyError
 from autotune.store.promotions import Promotion, Promotions, unsettled_names
 from autotune.version_tags import part_of
 from btp.profile import Profile
+from btp.sealed import sha256_of
 
 __all__ = [
     "GateError",
@@ -232,7 +234,10 @@ def failed_gates(profile: Profile, alias: str, manifest: str) -> list[str]:
     high, limit = part_of(certificate, "latency").get("high"), certificate.get("limit")
     highs = [high, part_of(part_of(profile.evidence, "latency"), "ratio").get("high")]
     measured = [each for each in highs if isinstance(each, int | float)]
+    key = part_of(profile.evidence, "latency").get("device_key")
     failed = []
+    if key is not None and key != sha256_of(asdict(profile.device)):
+        failed.append("its latency was measured on another device key than its own")
     if not profile.certified:
         failed.append(f"it is not certified: {'; '.join(profile.uncertified_because)}")
     if not manifest:

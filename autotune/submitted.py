@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from autotune.config import MIN_TRIALS, AutotuneError
 
@@ -17,6 +18,8 @@ REFERENCE = "reference-vlm"
 REGISTRY = "MLFLOW_TRACKING_URI"
 _ABOVE_ZERO = r"(0?\.[0-9]{0,6}[1-9][0-9]{0,6}|[1-9][0-9]{0,5}(\.[0-9]{1,6})?)"
 _SHARE = r"(0?\.[0-9]{0,6}[1-9][0-9]{0,6}|1(\.0{1,6})?)"
+_LIMIT = rf"(prefill|ttft)_(p50|p95)<={_ABOVE_ZERO}(x|ms)"
+_GUARD = rf"worst_task>={_SHARE}"
 _RELATIVE = "relative to the folder that the service was started with"
 
 
@@ -25,8 +28,35 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _as(rule: str, pattern: str) -> Callable[[str], str]:
+    """A check that says in words what the schema says by a pattern."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(rule)
+        return text
+
+    return check
+
+
+def _schema(pattern: str) -> dict[str, Any]:
+    return {"pattern": f"^{pattern}$"}
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, Field(min_length=1, max_length=255)]
+
+
+Limit = Annotated[
+    str,
+    AfterValidator(_as("a limit reads as prefill_p50<=0.7x or ttft_p95<=40ms do, with a number above 0", _LIMIT)),
+    Field(json_schema_extra=_schema(_LIMIT)),
+]
+Guard = Annotated[
+    str,
+    AfterValidator(_as("a guard reads as worst_task>=0.95 does, with a share in (0, 1]", _GUARD)),
+    Field(json_schema_extra=_schema(_GUARD)),
+]
 
 
 class JobSettings(BaseModel):
@@ -36,19 +66,14 @@ class JobSettings(BaseModel):
 
     model: Text = Field(REFERENCE, description=f"The built-in {REFERENCE}, or a model's folder, {_RELATIVE}.")
     data: Text | None = Field(None, description=f"Questions, {_RELATIVE}; none for the built-in model.")
-    limit: str = Field(
-        description="Latency to stay within.",
-        pattern=rf"^(prefill|ttft)_(p50|p95)<={_ABOVE_ZERO}(x|ms)$",
-        examples=["prefill_p50<=0.7x"],
-    )
+    limit: Limit = Field(description="Latency to stay within.", examples=["prefill_p50<=0.7x"])
     trials: Whole = Field(40, ge=MIN_TRIALS, le=2000, description="Finished trials to reach.")
     seed: Whole = Field(0, ge=0, lt=2**31)
     repeats: Whole = Field(12, ge=4, le=200, description="Pairs of a latency measurement.")
     sampler: Literal["gp", "tpe", "nsga2", "qmc", "random"] = "gp"
-    guard: str | None = Field(
+    guard: Guard | None = Field(
         None,
-        pattern=rf"^worst_task>={_SHARE}$",
-        description="Least share of its dense accuracy that the worst task must keep.",
+        description="Least share of its dense accuracy that a task must keep.",
         examples=["worst_task>=0.95"],
     )
     margin: float = Field(0.02, gt=0, le=0.1, description="Macro accuracy below dense that a certified plan may be.")

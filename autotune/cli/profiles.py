@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from autotune.profile_cache import Pulled
     from autotune.registered import Version
     from autotune.registry import Registry
-    from btp.profile import Profile
 
 __all__ = ["OfflineOption", "ReferenceArgument", "RegistryAddress", "app", "pulled", "registry_at", "say"]
 
@@ -56,7 +53,8 @@ def list_versions(
         elif found:
             print_tables([plain("")], HEADINGS, [[_cells(version) for version in found]], [], WIDTH)
         else:
-            say("no version is registered there" + (f" for a device named {device!r}" if device else ""))
+            where = f" for a device named {device!r}" if device else ""
+            say(f"no version is registered in {registry_at(registry).address}{where}; --registry names another one")
 
 
 @app.command()
@@ -96,12 +94,14 @@ def show(
 ) -> None:
     """Show one version: plan, model, workload, device, certificate and evidence."""
     with errors(debug):
+        from autotune.profile_diff import described
+
         found = pulled(reference, registry, offline)
         if as_json:
             print(json.dumps({**asdict(found.resolution), "profile": found.profile.to_dict()}))
             return
         say(f"{found.resolution.uri}, SHA-256 {found.resolution.sha256}, {found.resolution.age}")
-        for heading, told in _described(found.profile):
+        for heading, told in described(found.profile):
             say(f"{heading:<12} {told}")
         say(f"{'files':<12} {', '.join(sorted(path.name for path in found.folder.iterdir()))}")
 
@@ -117,26 +117,24 @@ def diff(
 ) -> None:
     """Hold two versions against each other: plans stage by stage, then whatever else differs."""
     with errors(debug):
+        from autotune.profile_diff import difference
+
         found = [pulled(reference, registry, offline) for reference in (first, second)]
         here, there = (each.profile for each in found)
-        told = dict(_described(here)), dict(_described(there))
-        differing = {key: [side.get(key, "-") for side in told] for key in {**told[0], **told[1]} if key != "plan"}
-        differing = {key: sides for key, sides in differing.items() if sides[0] != sides[1]}
+        told = difference(here, there)
         if as_json:
             plans = [profile.plan.to_dict() for profile in (here, there)]
-            print(json.dumps({"uris": [each.resolution.uri for each in found], "plans": plans, "differs": differing}))
+            uris = [each.resolution.uri for each in found]
+            print(json.dumps({"uris": uris, "plans": plans, "differs": told.others}))
             return
-        rows = [
-            (str(number), *sides)
-            for number, sides in enumerate(zip_longest(_stages(here), _stages(there), fillvalue="-"))
-        ]
         headings = ("stage", *(each.resolution.uri for each in found))
-        if rows:
+        if told.stages:
+            rows = [(str(number), *sides) for number, sides in enumerate(told.stages)]
             print_tables([plain("")], headings, [rows], [], WIDTH)
-        if differing:
-            others = [(key, *sides) for key, sides in differing.items()]
+        if told.others:
+            others = [(key, *sides) for key, sides in told.others.items()]
             print_tables([plain("")], ("differs", *headings[1:]), [others], [], WIDTH)
-        elif here.plan == there.plan:
+        elif told.is_same_plan:
             say("nothing differs")
 
 
@@ -205,36 +203,3 @@ def _bounded(value: float | None, high: float | None, digits: int) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" + ("" if high is None else f" (≤ {high:.{digits}f})")
-
-
-def _described(profile: Profile) -> Iterator[tuple[str, str]]:
-    """What there is to say of a profile, a heading with each."""
-    from autotune.version_tags import part_of
-
-    yield "plan", "; ".join(_stages(profile)) or "dense"
-    yield "positions", profile.plan.positions
-    for part in ("model", "workload", "device"):
-        yield part, _said(asdict(getattr(profile, part)))
-    yield "certified", "yes" if profile.certified else f"no: {'; '.join(profile.uncertified_because)}"
-    certificate = part_of(profile.evidence, "certificate")
-    for key in ("macro", "minus_dense", "worst_task", "retention", "latency", "limit", "margin"):
-        if certificate.get(key) is not None:
-            yield key, _said(certificate[key])
-    for key in ("study", "limit", "latency", "model_digest", "code_version"):
-        if profile.evidence.get(key):
-            yield f"its {key}", _said(profile.evidence[key])
-
-
-def _stages(profile: Profile) -> Sequence[str]:
-    return [
-        f"before {stage.layer}: keep {stage.keep:.3f} by {stage.selector}, lambda {stage.attention_weight:.2f}"
-        for stage in profile.plan.stages
-    ]
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        if {"value", "low", "high"} <= value.keys():
-            return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-        return ", ".join(f"{key.replace('_', ' ')} {_said(each)}" for key, each in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -174,8 +174,9 @@ def test_the_papers_say_what_was_measured_answered_and_tried(finished: tuple[Pat
     assert latency["ms"]["value"] == pytest.approx(median(pruned_ms))
     assert latency["ratio"]["value"] == pytest.approx(median(pruned_ms) / median(dense_ms))
     assert profile.evidence["latency"] == {
-        key: latency[key] for key in ("metric", "quantile", "ratio", "ms", "dense_ms")
+        key: latency[key] for key in ("metric", "quantile", "device_key", "ratio", "ms", "dense_ms")
     }
+    assert latency["device"] == asdict(profile.device)
     assert profile.evidence["certificate"]["latency"] == latency["ratio"]
     answered = parquet.read_table(out / "evidence.parquet").to_pydict()
     assert {"dense", "tuned", "uniform"} < set(answered)

@@ -123,6 +123,7 @@ SLOW = {"value": 0.9, "low": 0.8, "high": 1.1}
             "no faster than dense: .* 1.100",
         ),
         ({"latency": {"ratio": SLOW}}, None, "it may be no faster than dense: its latency may be as high as 1.100"),
+        ({"latency": {"device_key": "0" * 64}}, None, "its latency was measured on another device key than its own"),
         ({}, "champion-nvidia-h200", "its latency was measured on cpu, whose champion is champion-cpu"),
         ({}, "Champion-cpu", "its latency was measured on cpu, whose champion is champion-cpu"),
     ],

@@ -75,7 +75,7 @@ def test_the_list_shows_every_version_and_its_device() -> None:
     assert "candidate-nvidia-h200" in text
     assert "39.0 (≤ 40.0)" in text
     assert [version["version"] for version in told("list", NAME, "--device", "H200")] == [3, 2, 1]
-    assert "no version is registered there for a device named 'tpu'" in typed("list", "--device", "tpu")
+    assert "for a device named 'tpu'; --registry names another one" in typed("list", "--device", "tpu")
 
 
 def test_the_best_answers_from_the_certified_versions() -> None:
