@@ -128,6 +128,8 @@ class Profiles:
         """
 
         def before(now: int | None, log: Sequence[Promotion]) -> int:
+            if now is None and not log:
+                raise NotRegisteredError(f"{name} has no alias {alias!r}; autotune profiles list shows which there are")
             stack = stack_of(log)
             if stack and stack[-1] == now:
                 stack.pop()

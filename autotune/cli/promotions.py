@@ -63,6 +63,7 @@ def rollback(
 ) -> None:
     """Promote the version that an alias was on before, through the same gates."""
     with errors(debug):
+        _check_name(name)
         done = _profiles(registry, storage).rollback(name, alias, who=who or _me(), why=why)
         _tell(done, as_json)
 
@@ -78,6 +79,7 @@ def log(
 ) -> None:
     """List promotions, newest first: who, from, to, why."""
     with errors(debug):
+        _check_name(name)
         rows = _profiles(registry, storage).log(name, alias)
         if as_json:
             print(json.dumps([asdict(row) for row in rows]))
@@ -93,6 +95,11 @@ HEADINGS = ("when", "alias", "what", "from", "to", "who", "why")
 def _cells(row: Promotion) -> tuple[str, ...]:
     when = datetime.fromtimestamp(row.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
     return when, row.alias, row.kind, "-" if row.before is None else str(row.before), str(row.after), row.who, row.why
+
+
+def _check_name(name: str) -> None:
+    if set(name) & set("/:@"):
+        raise AutotuneError(f"NAME must be a registered model's alone, got {name!r}; an alias goes to --alias")
 
 
 def _profiles(address: str, storage: str | None) -> Profiles:

@@ -75,7 +75,9 @@ def test_the_list_shows_every_version_and_its_device() -> None:
     assert "candidate-nvidia-h200" in text
     assert "39.0 (≤ 40.0)" in text
     assert [version["version"] for version in told("list", NAME, "--device", "H200")] == [3, 2, 1]
-    assert "for a device named 'tpu'; --registry names another one" in typed("list", "--device", "tpu")
+    assert "for a device named 'tpu'; --registry names another one" in " ".join(
+        typed("list", "--device", "tpu").split()
+    )
 
 
 def test_the_best_answers_from_the_certified_versions() -> None:
@@ -122,6 +124,12 @@ def test_diff_shows_stages_side_by_side_and_the_rest_that_differs() -> None:
     assert differs["its latency"][0] != differs["its latency"][1]
     assert "model" not in differs
     assert "nothing differs" in typed("diff", "tiny/1", "tiny/1")
+
+
+def test_what_cannot_be_rolled_back_is_told_the_way_out(registry: Registry) -> None:
+    assert "has no alias 'nobody'" in typed("rollback", NAME, "--alias", "nobody", "--why", "no", code=2)
+    for name in (f"{NAME}/1", f"{NAME}@champion-cpu"):
+        assert "an alias goes to --alias" in typed("rollback", name, "--alias", "champion-cpu", "--why", "no", code=2)
 
 
 def test_promotion_rollback_and_log(registry: Registry, tmp_path: Path) -> None:
