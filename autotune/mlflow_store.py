@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -118,6 +118,21 @@ class MlflowStore:
             self.client.log_artifacts(run_id, str(files))
         self.client.set_terminated(run_id)
         return run_id
+
+    def drop_runs(self, experiment: str, tag: str, value: str, kept: Collection[str]) -> None:
+        """Delete the runs with a tag, and their children, but for the `kept` ids."""
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage != "active":
+            return
+
+        def runs(condition: str) -> list[str]:
+            listed = _all(lambda token: self.client.search_runs([found.experiment_id], condition, page_token=token))
+            return [str(run.info.run_id) for run in listed]
+
+        for run_id in runs(f"tags.{tag} = '{value}'"):
+            if run_id not in kept:
+                for each in (*runs(f"tags.mlflow.parentRunId = '{run_id}'"), run_id):
+                    self.client.delete_run(each)
 
     def model(self, name: str) -> RegisteredModel:
         """Raises NotRegisteredError."""

@@ -90,14 +90,15 @@ class Registry:
         version's folder to a file or folder here, `finalists` a name to what its child run shows: numbers as metrics,
         texts as tags. description: of the version, Markdown. The profile is checked before anything is written
         (`ProfileError`), and so is that the name is for its model and workload. If any later step fails, the runs and
-        the version are deleted again and the alias still points where it did; the files of a deleted run stay on disk
-        until `mlflow gc`.
+        the version are deleted again and the alias still points where it did; runs that a killed process left of the
+        same profile are deleted first. The files of a deleted run stay on disk until `mlflow gc`.
         """
         with tempfile.TemporaryDirectory() as staging, ExitStack() as undo:
             profile, manifest = stage(Path(staging) / FOLDER, profile_path, evidence)
             self.check_home(name, profile.model, profile.workload)
             with self._store.reported(f"register {name!r}"):
-                told = {**tags, **profile_tags(profile)}
+                told = {**tags, **profile_tags(profile), SHA256: profile.digest}
+                self._store.drop_runs(experiment, SHA256, profile.digest, self._runs(name))
                 study = told.get("study")
                 run_id = self._store.run(
                     experiment, undo, name=study, tags=told, metrics=metrics, params=params, files=Path(staging)
@@ -107,7 +108,7 @@ class Registry:
                 self._store.make_model(name, home)
                 self._store.tag_model(name, home)
                 self.check_home(name, profile.model, profile.workload)  # another may have made it in between
-                told |= {SHA256: profile.digest, MANIFEST: manifest, IDENTITY: identity_of(profile.model)}
+                told |= {MANIFEST: manifest, IDENTITY: identity_of(profile.model)}
                 client, source = self._store.client, f"runs:/{run_id}/{FOLDER}"
                 created = client.create_model_version(name, source, run_id, tags=told, description=description)
                 undo.callback(client.delete_model_version, name, str(created.version))
@@ -115,6 +116,10 @@ class Registry:
                 client.set_registered_model_alias(name, alias, str(created.version))
                 undo.pop_all()
         return version_of(created, (alias,))
+
+    def _runs(self, name: str) -> set[str]:
+        """That versions of `name` point to."""
+        return {str(item.run_id) for item in self._store.versions(name)}
 
     def check_home(self, name: str, model: ModelIdentity, workload: Workload) -> None:
         """Raise RegistryError where `name` is registered for another model or workload; a new name is free.

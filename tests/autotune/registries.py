@@ -98,6 +98,13 @@ def _wait_until_healthy(address: str) -> None:
             time.sleep(0.2)
 
 
+def register_and_die(address: str, name: str, profile: Path, finalists: dict[str, dict[str, float | str]]) -> None:
+    """A registration that is killed when its runs are made, and its version is not."""
+    registry = Registry(address)
+    registry._store.make_model = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    register(registry, name, profile, finalists=finalists)
+
+
 def promote_together(address: str, storage: str, name: str, number: int, start: Barrier) -> None:
     """One of several processes that promote at the same moment, each another version."""
     profiles = Profiles(Registry(address), Database(storage))

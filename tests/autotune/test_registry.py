@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import multiprocessing
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +25,17 @@ from autotune.registry import Registry
 from btp.errors import ProfileError
 from btp.profile import ModelIdentity, Profile
 from btp.sealed import seal, sha256_of
-from tests.autotune.registries import CERTIFIED, PROFILE, UNCERTIFIED, register, save_profile, serving
+from tests.autotune.registries import (
+    CERTIFIED,
+    PROFILE,
+    UNCERTIFIED,
+    register,
+    register_and_die,
+    save_profile,
+    serving,
+)
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +437,23 @@ def test_finalists_are_child_runs_and_go_with_a_failure(
         with pytest.raises(RegistryError, match="gone"):
             register(registry, name, other_profile, finalists=finalists)
     assert {run.info.run_id for run in active_runs(client, name)} == before
+
+
+def test_what_a_killed_process_left_of_a_profile_is_gone_once_it_is_registered(
+    registry: Registry, client: MlflowClient, name: str, profile: Path, other_profile: Path
+) -> None:
+    finalists: dict[str, dict[str, float | str]] = {"hand-set": {"macro": 0.9}}
+    other = register(registry, name, other_profile)
+    process = FORK.Process(target=register_and_die, args=(registry.tracking_uri, name, profile, finalists))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(active_runs(client, name)) == 3
+    version = register(registry, name, profile, finalists=finalists)
+    runs = active_runs(client, name)
+    assert len(runs) == 3
+    assert {run.info.run_id for run in runs} > {other.run_id, version.run_id}
+    assert [each.run_id for each in registry.versions(name)] == [version.run_id, other.run_id]
 
 
 def test_a_version_is_searched_by_what_its_profile_says(
