@@ -19,9 +19,9 @@ from autotune.config import JobConfig
 from autotune.measured import Measured
 from autotune.objective import Told, front
 from autotune.registered import ANSWERS
-from autotune.report import WEIGHTED, write_front
+from autotune.report import write_front
 from autotune.study import Study
-from btp.plan import Plan
+from btp.plan import WEIGHTED, Plan
 from btp.profile import DeviceKey, Profile, Workload
 
 __all__ = ["PAPERS", "Proof", "Row", "code_version", "trial_columns", "write_papers"]

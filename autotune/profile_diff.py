@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from autotune.version_tags import part_of
+from btp.plan import WEIGHTED
 from btp.profile import Profile
 
 __all__ = ["Difference", "described", "difference", "stages"]
@@ -54,7 +55,8 @@ def described(profile: Profile) -> Iterator[tuple[str, str]]:
 def stages(profile: Profile) -> list[str]:
     """A line a stage."""
     return [
-        f"before {stage.layer}: keep {stage.keep:.3f} by {stage.selector}, lambda {stage.attention_weight:.2f}"
+        f"before {stage.layer}: keep {stage.keep:.3f} by {stage.selector}"
+        + (f", lambda {stage.attention_weight:.2f}" if stage.selector in WEIGHTED else "")
         for stage in profile.plan.stages
     ]
 

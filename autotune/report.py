@@ -9,9 +9,9 @@ from typing import Any
 
 from autotune.config import Limit
 from autotune.objective import Told, front
-from btp.plan import Plan
+from btp.plan import WEIGHTED, Plan
 
-__all__ = ["WEIGHTED", "Point", "write_comparison", "write_front", "write_task_scores"]
+__all__ = ["Point", "write_comparison", "write_front", "write_task_scores"]
 
 FIXED = {
     "hand-set": "s",
@@ -27,7 +27,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "over the limit": {"fmt": "o", "color": "0.6", "label": "over the limit"},
     "stopped": {"fmt": "x", "color": "0.75", "label": "stopped early, on fewer samples"},
 }
-WEIGHTED = ("joint", "balanced")  # selectors that attention_weight means something to
 SCORE = "macro accuracy on `select`"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 MARKERS = "*oosDvP^X<>ds"

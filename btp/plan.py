@@ -15,7 +15,10 @@ from typing import Any, Literal, Self
 from btp.errors import PlanError
 from btp.sealed import canonical_json, read_object, sha256_of, verify
 
-__all__ = ["Plan", "Stage", "round_half_up"]
+__all__ = ["WEIGHTED", "Plan", "Stage", "round_half_up"]
+
+WEIGHTED = ("joint", "balanced")
+"""Selectors that `attention_weight` means something to."""
 
 
 def round_half_up(count: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from autotune.cli import profile_files, profiles, promotions, service, tuning
+from autotune.cli import dashboard, profile_files, profiles, promotions, reporting, service, tuning
 
 __all__ = ["app", "main"]
 
@@ -16,6 +16,8 @@ app = typer.Typer(
 )
 app.add_typer(tuning.app)
 app.add_typer(service.app)
+app.add_typer(dashboard.app)
+app.add_typer(reporting.app)
 registered = typer.Typer(no_args_is_help=True, help="Registered profiles: find, fetch, check, compare, promote them.")
 for module in (profiles, profile_files, promotions):
     registered.add_typer(module.app)

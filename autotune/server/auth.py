@@ -3,73 +3,75 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Callable
 from typing import Annotated
+from urllib.parse import quote
 
-import anyio
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from autotune.server.limits import check_body, origin
-from autotune.server.problems import RETRY_S, answer
+from autotune.server.limits import check_body
+from autotune.server.problems import is_api, is_page, reply
 from autotune.server.service import Service
-from autotune.store import Key, StoreError
+from autotune.store import Key
 
 __all__ = ["OPEN_PATH", "Canceller", "Gate", "Promoter", "Reader", "Submitter"]
 
 OPEN_PATH = "/healthz"
-LOOKERS = 4  # threads that look keys up, whatever keeps the others waiting
+OPEN_PAGES = ("/login", "/assets/")
 BEARER = HTTPBearer(auto_error=False, description="A key from `autotune keys create`.")
+FORM = b"a form of the dashboard"
 
 
 class Gate:
     """Before anything of a request is read: its key, how often it comes, how large it says it is.
 
-    An address that has come too often without a good key is turned away before the database is asked, but for keys
-    that were good here before: those who hold them may have the same address, as behind a proxy.
+    A key comes as a bearer's, or on the way to a page as a cookie. What programs ask for takes no cookie: no page of
+    another site can have a browser send what it does not hold itself.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
-        self._good: set[bytes] = set()
-        self._lookers = anyio.CapacityLimiter(LOOKERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != OPEN_PATH:
             request = Request(scope)
             try:
-                key = await self._key(request)
-                self._service.rate.count(str(key.id))
-                check_body(request.method, request.headers, self._service.settings.max_body_bytes)
+                if not scope["path"].startswith(OPEN_PAGES):
+                    await self._enter(request)
+                check_body(request, self._service.settings.max_body_bytes, is_form=not is_api(request))
             except HTTPException as error:
-                await answer(error.status_code, str(error.detail), error.headers)(scope, receive, send)
+                await self._refused(request, error)(scope, receive, send)
                 return
-            request.state.key = key
         await self._app(scope, receive, send)
 
-    async def _key(self, request: Request) -> Key:
+    async def _enter(self, request: Request) -> None:
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(text.encode()).digest()
-        whence = origin(request.client.host if request.client else "")
-        if digest not in self._good:
-            self._service.failed.check(whence)
-        try:
-            key = await self._found(text) if scheme.lower() == "bearer" else None
-        except StoreError as error:
-            again = {"Retry-After": str(RETRY_S)}
-            raise HTTPException(503, "the database could not be asked; try again", again) from error
-        if key is None:
-            self._good.discard(digest)
-            self._service.failed.count(whence)
-            rule = "a key must come along that is known, not revoked and not over: Authorization: Bearer KEY"
-            raise HTTPException(401, rule, {"WWW-Authenticate": "Bearer"})
-        self._good.add(digest)
-        return key
+        cookie = request.cookies.get(self._service.cookie, "")
+        if not scheme and not is_api(request):
+            scheme, text = "bearer", cookie
+        if is_page(request) and not text:
+            raise HTTPException(401)
+        request.state.key = await self._service.entry.key(text if scheme.lower() == "bearer" else "", _host(request))
+        request.state.csrf = hmac.digest(text.encode(), FORM, hashlib.sha256).hex()
+        self._service.rate.count(str(request.state.key.id))
 
-    async def _found(self, text: str) -> Key | None:
-        return await anyio.to_thread.run_sync(self._service.keys.find, text, limiter=self._lookers)
+    def _refused(self, request: Request, error: HTTPException) -> Response:
+        if error.status_code != 401:
+            return reply(request, error.status_code, error.detail, error.headers)
+        if is_page(request) and request.method in ("GET", "HEAD"):
+            whence = quote(request.scope["path"]) + (f"?{request.url.query}" if request.url.query else "")
+            return RedirectResponse(f"/login?next={quote(whence, safe='')}", 303)
+        rule = "a key must come along that is known, not revoked and not over: Authorization: Bearer KEY"
+        return reply(request, 401, rule, {"WWW-Authenticate": "Bearer"})
+
+
+def _host(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _needs(*any_of: str) -> Callable[..., Key]:

@@ -16,14 +16,15 @@ from typing import NoReturn
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from autotune.config import AutotuneError
 
 __all__ = ["Rate", "Streams", "check_body", "origin"]
 
 BODIES = ("POST", "PUT", "PATCH")
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 NETWORK_BITS = 64  # of an IPv6 address: what one customer has for their own
 MAX_ORIGINS = 2**16  # that are told apart: whoever has many addresses fills no memory
 STREAM_RETRY_S = 10  # until one of the streams may have ended
@@ -87,15 +88,17 @@ def origin(host: str) -> str:
     return str(hash(address) % MAX_ORIGINS)
 
 
-def check_body(method: str, headers: Headers, max_bytes: int) -> None:
-    """Raise HTTPException for a body that is known to be too large before it is read, or is no JSON.
+def check_body(request: Request, max_bytes: int, *, is_form: bool) -> None:
+    """Raise HTTPException for a body that is known to be too large before it is read, or is no JSON, or else no form.
 
     One that comes in chunks is counted while it is read.
     """
+    headers = request.headers
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length) > max_bytes:
         raise HTTPException(413, f"a body may have {max_bytes} bytes, got {length}; send less")
     has_body = length != "0" or "transfer-encoding" in headers
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method in BODIES and has_body and kind != "application/json":
-        raise HTTPException(415, f"a body must be application/json, got {kind or 'no content type'}")
+    wanted = FORM if is_form else JSON
+    if request.method in BODIES and has_body and kind != wanted:
+        raise HTTPException(415, f"a body must be {wanted}, got {kind or 'no content type'}")

@@ -1,4 +1,7 @@
-"""Errors as problem details (RFC 9457): what each kind of error is over HTTP, and how it is declared in the OpenAPI."""
+"""Errors as problem details (RFC 9457): what each kind of error is over HTTP, and how it is declared in the OpenAPI.
+
+Where somebody looks at pages, an error is a page.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,26 @@ from autotune.registered import GateError, NotRegisteredError, RegistryError
 from autotune.store import ConflictError, NoSubmissionError, StoreError
 from btp.errors import ProfileError
 
-__all__ = ["HEADERS", "MEDIA_TYPE", "RETRY_S", "Problem", "answer", "declared", "handle_errors"]
+__all__ = [
+    "HEADERS",
+    "MEDIA_TYPE",
+    "RETRY_S",
+    "Problem",
+    "declared",
+    "handle_errors",
+    "is_api",
+    "is_page",
+    "reply",
+    "title",
+]
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5  # until what is away is asked for again
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+API = ("v1", "metrics", "openapi.json", "healthz")
+PAGES = ("", "compare.csv", "dashboard", "login", "logout", "profiles", "studies")
 STATUSES: Mapping[type[Exception], int] = {
     AutotuneError: 422,
     ConflictError: 409,
@@ -60,13 +76,37 @@ def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The responses of a route that are problems, beside those that all have: 401, 403, 429, 500 and 503."""
     schema = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     everywhere = (401, 403, 429, 500, 503)
-    return {status: {"description": _title(status), "content": schema} for status in sorted({*everywhere, *statuses})}
+    return {status: {"description": title(status), "content": schema} for status in sorted({*everywhere, *statuses})}
 
 
-def answer(
-    status: int, detail: str, headers: Mapping[str, str] | None = None, errors: list[FieldProblem] | None = None
+def is_api(request: Request) -> bool:
+    """Whether it is for programs, by its path."""
+    return _first_word(request) in API
+
+
+def is_page(request: Request) -> bool:
+    """Whether it comes from somebody who looks at pages: by its path, or where that says nothing, by what is wanted."""
+    if is_api(request):
+        return False
+    return _first_word(request) in PAGES or "text/html" in request.headers.get("accept", "")
+
+
+def _first_word(request: Request) -> str:
+    return str(request.scope["path"]).lstrip("/").partition("/")[0]
+
+
+def reply(
+    request: Request,
+    status: int,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
+    errors: list[FieldProblem] | None = None,
 ) -> Response:
-    problem = Problem(title=_title(status), status=status, detail=detail, errors=errors)
+    """What is said of an error: a page where pages are looked at, a problem elsewhere."""
+    if is_page(request):
+        page: Response = request.app.state.error_page(request, status, detail, {**HEADERS, **(headers or {})})
+        return page
+    problem = Problem(title=title(status), status=status, detail=detail, errors=errors)
     body = problem.model_dump_json(exclude_none=True)
     return Response(body, status, {**HEADERS, **(headers or {})}, MEDIA_TYPE)
 
@@ -80,24 +120,24 @@ def handle_errors(app: FastAPI) -> None:
         app.exception_handler(kind)(_known(status))
 
 
-def _title(status: int) -> str:
+def title(status: int) -> str:
     return HTTPStatus(status).phrase
 
 
 async def _http(request: Request, error: HTTPException) -> Response:
     if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
-        return answer(error.status_code, str(error.detail), error.headers)
+        return reply(request, error.status_code, str(error.detail), error.headers)
     path = request.scope["route"].path  # the first route there may not be the only one
     routes = [route for route in iter_route_contexts(request.app.routes) if route.path == path]
     allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
-    return answer(405, f"the method must be one of {allowed}, got {request.method}", {"Allow": allowed})
+    return reply(request, 405, f"the method must be one of {allowed}, got {request.method}", {"Allow": allowed})
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     """What was sent is not sent back: it may be anything."""
     errors = [FieldProblem(pointer=_pointer(each["loc"]), detail=str(each["msg"])) for each in error.errors()]
     detail = "; ".join(f"{each.pointer}: {each.detail}" for each in errors)
-    return answer(422, f"the request must be as the OpenAPI says, but {detail}", errors=errors)
+    return reply(request, 422, f"the request must be as the OpenAPI says, but {detail}", errors=errors)
 
 
 def _pointer(place: tuple[int | str, ...]) -> str:
@@ -109,10 +149,10 @@ def _pointer(place: tuple[int | str, ...]) -> str:
 def _known(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, error: Exception) -> Response:
         if status != HTTPStatus.SERVICE_UNAVAILABLE:
-            return answer(status, redacted(str(error)) if isinstance(error, RegistryError) else str(error))
+            return reply(request, status, redacted(str(error)) if isinstance(error, RegistryError) else str(error))
         logger.error("%s %s: %s", request.method, request.url.path, without_passwords(str(error)))
         what = "database" if isinstance(error, StoreError) else "registry"
-        return answer(status, f"the {what} could not be asked; try again", {"Retry-After": str(RETRY_S)})
+        return reply(request, status, f"the {what} could not be asked; try again", {"Retry-After": str(RETRY_S)})
 
     return handle
 
@@ -120,4 +160,5 @@ def _known(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
 async def _unexpected(request: Request, error: Exception) -> Response:
     number = uuid.uuid4().hex
     logger.error("error %s: %s %s", number, request.method, request.url.path, exc_info=error)
-    return answer(500, f"something went wrong that is not yours to mend; whoever runs this finds it as error {number}")
+    detail = f"something went wrong that is not yours to mend; whoever runs this finds it as error {number}"
+    return reply(request, 500, detail)

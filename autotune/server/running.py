@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import socket
 import threading
@@ -14,6 +15,7 @@ from autotune.config import AutotuneError
 from autotune.redaction import without_passwords
 from autotune.registered import RegistryError
 from autotune.server.app import create_app
+from autotune.server.entry import Guest
 from autotune.server.service import Service, Settings
 from autotune.stopping import stopping
 from autotune.store import StoreError
@@ -27,15 +29,16 @@ DRAIN_S = 5  # for what is being answered when the server is to end
 KEEP_ALIVE_S = 15
 
 
-def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. say: told the address, once requests are taken in.
+def serve(settings: Settings, host: str, port: int, say: Callable[[str], None], guest: Guest | None = None) -> None:
+    """Serve until SIGINT or SIGTERM. say: told the address, once requests are taken in. guest: as of `create_app`.
 
     Raises AutotuneError where the address cannot be listened on, and StoreError where the database is away.
     """
-    app = create_app(settings)
+    app = create_app(settings, guest)
     service: Service = app.state.service
     service.submissions.counts()  # the database must be there, with its tables, before anybody asks
     threading.Thread(target=_settle, args=(service,), daemon=True).start()
+    threading.Thread(target=importlib.import_module, args=("autotune.objective",), daemon=True).start()  # with SciPy
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -49,9 +52,9 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
     )
     with _listening(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
-        say(f"http://{address}:{listener.getsockname()[1]}")
-        with stopping():  # uvicorn raises the signal again when it is done
-            _Server(config, service).run([listener])
+        with stopping() as stop:  # uvicorn raises the signal again when it is done
+            say(f"http://{address}:{listener.getsockname()[1]}")
+            _Server(config, service, stop).run([listener])
 
 
 def _settle(service: Service) -> None:
@@ -64,9 +67,15 @@ def _settle(service: Service) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    """stop: whether a signal came before uvicorn listened to signals."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, stop: Callable[[], bool]) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._stop = service, stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.should_exit = self.should_exit or self._stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.stopping.set()

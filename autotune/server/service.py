@@ -11,7 +11,9 @@ from fastapi import Depends, Request
 
 from autotune.profiles import Profiles
 from autotune.registry import Registry
+from autotune.server.entry import Entry, Guest
 from autotune.server.limits import Rate, Streams
+from autotune.server.told import ToldTrials
 from autotune.store import Database, Keys, Studies, Submissions
 from autotune.submitted import Place
 
@@ -39,17 +41,20 @@ class Settings:
 class Service:
     """The parts of one running server. Raises AutotuneError for settings that cannot be.
 
-    rate, streams: requests, and open streams, by key. failed: failed attempts by address. stopping: set once it is to
-    end, for what would go on else.
+    guest: the one who may come in, where nobody needs a key. rate, streams: requests, and open streams, by key. entry:
+    looks keys up. cookie: what a key comes in to pages; browsers tell no ports apart. stopping: set once it is to end,
+    for what would go on else.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.stopping = settings, threading.Event()
-        self.rate, self.failed = Rate(settings.rate), Rate(settings.failed_rate)
+    def __init__(self, settings: Settings, guest: Guest | None = None) -> None:
+        self.settings, self.guest, self.stopping = settings, guest, threading.Event()
+        self.cookie = "autotune_key" if guest is None else "autotune_dashboard"
+        self.rate = Rate(settings.rate)
         self.streams = Streams(settings.streams)
         self.database = Database(settings.storage, PATIENCE_S)
         self.keys, self.submissions = Keys(self.database), Submissions(self.database)
-        self.studies = Studies(self.database)
+        self.studies, self.told = Studies(self.database), ToldTrials(self.database)
+        self.entry = Entry(guest or self.keys, Rate(settings.failed_rate))
 
     @functools.cached_property
     def profiles(self) -> Profiles:

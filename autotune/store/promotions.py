@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 from autotune.store.database import Database
 from autotune.store.tables import Now, promotion
 
-__all__ = ["Promotion", "Promotions", "unsettled_names"]
+__all__ = ["Promotion", "Promotions", "logged", "unsettled_names"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +102,15 @@ def unsettled_names(database: Database) -> set[str]:
         return set()
     query = select(promotion.c.name).where(promotion.c.applied.is_(False))
     return set(database.run(lambda connection: connection.execute(query).scalars().all()))
+
+
+def logged(database: Database, name: str | None = None) -> list[Promotion]:
+    """What was promoted of a name, or of all, in whatever registry, newest first: for when none can be asked."""
+    if not database.exists:
+        return []
+    query = select(promotion).order_by(promotion.c.id.desc())
+    query = query if name is None else query.where(promotion.c.name == name)
+    return [_promotion(row) for row in database.run(lambda connection: connection.execute(query).all())]
 
 
 def _promotion(row: Row[Any]) -> Promotion:
