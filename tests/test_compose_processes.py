@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 import yaml
+from playwright.sync_api import Browser, expect
 from psycopg import sql
 
 from autotune import reference
@@ -272,6 +273,16 @@ def test_the_registry_hands_out_what_the_study_found(
     pulled = there.pull(name, alias, tmp_path / "profile.json")
     assert Profile.load(pulled).digest == Profile.load(host.folder / "data" / "study" / "profile.json").digest
     assert [path.name for path in (host.folder / "artifacts").rglob("profile.json")] == ["profile.json"]
+
+
+def test_the_registry_s_own_pages_show_the_version(registry: str, finished: dict[str, Any], browser: Browser) -> None:
+    name, number = finished["version"].removeprefix("models:/").split("/")
+    with closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(f"{registry}/#/models/{name}/versions/{number}")
+        expect(page.get_by_role("link", name=finished["study"])).to_be_visible(timeout=30_000)
+        expect(page.get_by_text(f"@ {finished['alias'].partition('@')[2]}")).to_be_visible()
+        expect(page.get_by_text("Not certified")).to_be_visible()
 
 
 def test_a_job_handed_in_over_http_goes_on_with_the_same_study(host: Host, finished: dict[str, Any]) -> None:

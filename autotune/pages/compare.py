@@ -91,6 +91,17 @@ class Comparison:
         return {number: front(places(study, self.view.axes)) for number, study in self.shown.items()}
 
     @property
+    def listed(self) -> dict[int, list[Place]]:
+        """What the table tells, by x: the fronts, and certified versions wherever they lie."""
+        found = {}
+        for number, members in self.fronts.items():
+            all_places = places(self.studies[number], self.view.axes)
+            certified = [place for place in all_places if self.marks(number, place.point.told.plan)]
+            others = [place for place in certified if place not in members]
+            found[number] = sorted([*members, *others], key=lambda place: place.x.value)
+        return found
+
+    @property
     def without(self) -> list[str]:
         """Shown studies that do not tell what is to be drawn."""
         axes = self.view.axes
@@ -130,8 +141,10 @@ class Comparison:
 
     def marked(self, number: int, point: Point) -> str:
         """What a point of a study is beside a trial."""
-        versions = [", ".join([f"{v.name} {v.version}", *v.aliases]) for v in self.marks(number, point.told.plan)]
-        return "; ".join(["published"] * point.is_published + versions)
+        marks = self.marks(number, point.told.plan)
+        versions = [", ".join([f"certified as {v.name} {v.version}", *v.aliases]) for v in marks]
+        is_off = bool(versions) and all(place.point is not point for place in self.fronts[number])
+        return "; ".join(["published"] * point.is_published + versions + ["off the front"] * is_off)
 
     def marks(self, number: int, plan: Plan) -> list[Version]:
         """The certified versions of a study's plan."""

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, expect
 from pyarrow import parquet
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 from typer.testing import CliRunner
@@ -37,6 +39,8 @@ from btp.cost import tokens_per_layer
 from btp.errors import ProfileError
 from btp.plan import Plan
 from btp.profile import Profile
+from tests.autotune.registries import register
+from tests.dashboard import sites
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(450)]
 
@@ -228,6 +232,48 @@ def test_who_looks_is_told_what_dense_comes_to_and_what_a_trial_differs_by(
         assert t.score_low <= t.score <= t.score_high
         assert t.image_gflops is not None
         assert 0 < t.image_gflops < dense["gflops"]
+
+
+def test_from_the_front_to_the_champion_in_a_browser(
+    finished: tuple[Path, dict[str, Any]], browser: Browser, shots: Path, tmp_path: Path
+) -> None:
+    """Choose, filter, look at a plan, follow it to its profile and promote it; only the certificate is made up."""
+    out, outcome = finished
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(out / "study.db", home)
+    profile = Profile.load(out / "profile.json")
+    latency, dense = profile.evidence["latency"], profile.evidence["rows"][0]
+    certificate = {**profile.evidence["certificate"], "certified": True, "reasons": [], "limit": 0.99}
+    certificate |= {"latency": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    evidence = {**profile.evidence, "certificate": certificate, "latency": {**latency, "ratio": certificate["latency"]}}
+    replace(profile, evidence=evidence).save(home / "profile.json")
+    register(Registry(f"sqlite:///{home / 'mlflow.db'}"), "model", home / "profile.json")
+    with sites.open_site(home) as site, sites.watched(browser, viewport={"width": 1280, "height": 900}) as page:
+        sites.log_in(page, site.url, site.key, "/studies")
+        page.get_by_role("searchbox").fill("model")
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name=outcome["study"]).first.click()
+        page.get_by_role("link", name="Compare", exact=True).last.click()
+        expect(page.locator("html[data-ready]")).to_be_attached()
+        page.get_by_label("Vertical").select_option("retention")
+        expect(page).to_have_url(re.compile("y=retention"))
+        certified = page.get_by_role("row").filter(has_text="certified as model 1")
+        expect(certified).to_be_visible(timeout=15_000)
+        certified.get_by_role("button", name="Show").click()
+        page.screenshot(path=shots / "journey-compare.png", full_page=True)
+        page.get_by_role("link", name="Trial", exact=True).click()
+        expect(page.get_by_role("heading", name="What it looks at")).to_be_visible()
+        page.screenshot(path=shots / "journey-trial.png", full_page=True)
+        page.get_by_role("link", name="model version 1").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("model")
+        assert dense["name"] in page.get_by_role("group", name="What it was held against").inner_text()
+        page.get_by_label("Why, for the log").fill("it is on the front")
+        page.get_by_role("button", name="Promote").click()
+        expect(page.get_by_text(f"champion-{profile.device.slug} names version 1 now")).to_be_visible(timeout=30_000)
+        page.screenshot(path=shots / "journey-profile.png", full_page=True)
+        page.goto(f"{site.url}/profiles")
+        expect(page.get_by_text(f"champion-{profile.device.slug}")).to_be_visible()
 
 
 def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> None:

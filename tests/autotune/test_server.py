@@ -198,7 +198,13 @@ def test_a_key_goes_no_further_than_its_scopes(url: str, home: Path) -> None:
         ("POST", f"/v1/profiles/{MODEL}/promotions", {"json": {"version": 1, "why": " "}}, 422, "/body/why"),
         ("POST", f"/v1/profiles/{MODEL}/rollbacks", {"json": {"alias": "latest", "why": "w"}}, 422, "an alias is"),
         ("POST", f"/v1/profiles/{MODEL}/promotions", {"json": {"version": 3, "why": "w"}}, 409, "it is not certified"),
-        ("POST", f"/v1/profiles/{MODEL}/rollbacks", {"json": {"alias": "other", "why": "w"}}, 409, "no other version"),
+        (
+            "POST",
+            f"/v1/profiles/{MODEL}/rollbacks",
+            {"json": {"alias": "other", "why": "w"}},
+            404,
+            "has no alias 'other'",
+        ),
     ],
 )
 def test_what_is_wrong_is_a_problem_that_says_so(

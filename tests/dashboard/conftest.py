@@ -1,28 +1,15 @@
-"""A site, and a browser to look at it with, for every test of the dashboard."""
+"""A site to look at, for every test of the dashboard."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests.dashboard import sites
 from tests.dashboard.sites import Site
-
-ARGUMENTS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="session")
@@ -40,27 +27,9 @@ def open_site() -> Callable[..., AbstractContextManager[Site]]:
     return sites.open_site
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "a browser must be there to look at pages with; apt-get install chromium"
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS))
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def page(browser: Browser, site: Site) -> Iterator[Page]:
     """Logged in; a script that fails, and whatever the console complains of, fails the test."""
     with sites.watched(browser) as opened:
         sites.log_in(opened, site.url, site.key)
         yield opened
-
-
-@pytest.fixture(scope="session")
-def shots() -> Path:
-    """Where screenshots are kept for who looks at them: in build/screenshots."""
-    folder = Path("build/screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -79,8 +79,18 @@ export function fillWorth(body, shown, questions, view, links) {
   body.replaceChildren(...lines.map((line) => worthRow(line, links)));
 }
 
-const MARKS = (study, point) =>
-  [isPublished(study, point) ? "published" : "", ...(study.versions[point] ?? []).map(versionText)].filter(Boolean);
+function marks(study, place) {
+  const versions = study.versions[place.point] ?? [];
+  const isOff = versions.length > 0 && !study.front.includes(place);
+  const published = isPublished(study, place.point) ? "published" : "";
+  return [published, ...versions.map((version) => `certified as ${versionText(version)}`), isOff ? "off the front" : ""].filter(Boolean).join("; ");
+}
+
+// The front, and certified versions wherever they lie, by x.
+function listed(study) {
+  const others = study.places.filter((place) => study.versions[place.point] && !study.front.includes(place));
+  return [...study.front, ...others].sort((a, b) => a.x[0] - b.x[0]);
+}
 
 function frontRow(study, place, digits, links) {
   const { point } = place;
@@ -93,14 +103,14 @@ function frontRow(study, place, digits, links) {
     "tr",
     {},
     ...[head, element("td", {}, link(name, trialHref(study, point), links))],
-    ...[cell(range(place.x, digits)), cell(range(place.y, 3)), cell(MARKS(study, point).join("; "), false)],
+    ...[cell(range(place.x, digits)), cell(range(place.y, 3)), cell(marks(study, place), false)],
     element("td", {}, button),
   );
 }
 
 export function fillFronts(body, shown, view, known, links) {
   const digits = known.xDigits[view.x];
-  const rows = shown.flatMap((study) => study.front.map((place) => frontRow(study, place, digits, links)));
+  const rows = shown.flatMap((study) => listed(study).map((place) => frontRow(study, place, digits, links)));
   body.replaceChildren(...rows);
 }
 

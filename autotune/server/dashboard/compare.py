@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
@@ -117,18 +118,18 @@ class _Registry:
 
     def __init__(self, service: Service) -> None:
         self._service, self._lock = service, threading.Lock()
-        self._asker = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._asked: Future[None] | None = None
+        self._asker = ThreadPool(1)  # whose thread keeps no server from its end
+        self._asked: AsyncResult[None] | None = None
         self._known: tuple[Version, ...] = ()
 
     def ask(self) -> _Answer:
         with self._lock:
-            if self._asked is None or self._asked.done():
-                self._asked = self._asker.submit(self._ask)
+            if self._asked is None or self._asked.ready():
+                self._asked = self._asker.apply_async(self._ask)
             asked = self._asked
         try:
-            asked.result(REGISTRY_S)
-        except TimeoutError:
+            asked.get(REGISTRY_S)
+        except multiprocessing.TimeoutError:
             return _Answer(self._known, is_late=True)
         except (RegistryError, StoreError) as error:
             reason = redacted(str(error))
