@@ -272,8 +272,8 @@ def test_from_the_front_to_the_champion_in_a_browser(
         page.get_by_role("button", name="Promote").click()
         expect(page.get_by_text(f"champion-{profile.device.slug} names version 1 now")).to_be_visible(timeout=30_000)
         page.screenshot(path=shots / "journey-profile.png", full_page=True)
-        page.goto(f"{site.url}/profiles")
-        expect(page.get_by_text(f"champion-{profile.device.slug}")).to_be_visible()
+        page.goto(f"{site.url}/profiles/model")
+        expect(page.get_by_role("group", name="Versions")).to_contain_text(f"champion-{profile.device.slug}")
 
 
 def test_the_search_tells_how_it_went(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from autotune.registry import Registry
@@ -86,6 +87,12 @@ def watched(browser: Browser, allowed: str = "", **terms: Any) -> Iterator[Page]
     finally:
         context.close()
     assert not complaints, "\n".join(complaints)
+
+
+def assert_accessible(page: Page) -> None:
+    """By axe-core's rules."""
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 def log_in(page: Page, url: str, key: str, then: str = "/studies") -> None:

@@ -361,6 +361,7 @@ def test_it_fits_the_screen_in_both_colours(
         drawn = page.evaluate("document.getElementById('chart').layout.paper_bgcolor")
         assert page.evaluate(COLOR, drawn) == back
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        sites.assert_accessible(page)
         page.screenshot(path=shots / f"compare-{scheme}-{size[0]}.png", full_page=True)
         page.get_by_role("button", name="Dark").click()
         other = page.evaluate("document.getElementById('chart').layout.paper_bgcolor")

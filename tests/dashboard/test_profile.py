@@ -141,6 +141,7 @@ def test_a_version_is_told_with_its_certificate_and_its_trial(page: Page, site: 
     against = [row[:3] for row in cells(page, "What it was held against")]
     assert against == [["dense", "0.929 [0.920, 0.940]", "−0.4 [−1.2, +0.4]"], ["tuned", "0.925 [0.913, 0.935]", "–"]]
     expect(page.get_by_text('btp.prune(model, "models:/tiny/1")')).to_be_visible()
+    sites.assert_accessible(page)
     page.screenshot(path=shots / "profile.png", full_page=True)
     page.get_by_role("link", name=f"trial {best.number}").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(best.name)
@@ -179,6 +180,7 @@ def test_a_version_is_promoted_and_rolled_back(browser: Browser, site: Site, sho
         promote(page, 3, "whatever")
         expect(page.get_by_role("alert")).to_contain_text(f"Not done. models:/tiny/3 must not be {alias}: it is not")
         expect(page.locator("form[action$='/promote'] [name=why]")).to_have_value("whatever")
+        sites.assert_accessible(page)
         page.screenshot(path=shots / "profile-refused.png")
         promote(page, 2, "   ")
         expect(page.get_by_role("alert")).to_contain_text("why must be a text")

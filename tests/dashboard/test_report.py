@@ -70,6 +70,7 @@ def test_the_file_asks_for_nothing_and_has_the_same_controls(report: Path, brows
         asked = look(page, report)
         drawn = "document.getElementById('chart').data.map(t => t.name)"
         assert {*STUDIES, "published", "certified", "dense", "median of 2 seeds, made-up"} <= set(page.evaluate(drawn))
+        sites.assert_accessible(page)
         page.screenshot(path=shots / "report.png", full_page=True)
         before = page.locator("#worth").inner_text()
         page.get_by_label("Vertical").select_option("worst")

@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 import httpx2
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Page, expect
 
@@ -191,18 +190,13 @@ def test_pages_are_accessible(browser: Browser, site: Site, scheme: str, width: 
     terms = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}, "reduced_motion": "reduce"}
     with sites.watched(browser, allowed="status of 404", **terms) as page:
         page.goto(f"{site.url}/login")
-        assert_accessible(page)
+        sites.assert_accessible(page)
         sites.log_in(page, site.url, site.reader)
         for name in ("studies", f"studies/{STUDIES[0]}", "studies/none"):
             page.goto(f"{site.url}/{name}")
-            assert_accessible(page)
+            sites.assert_accessible(page)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.screenshot(path=shots / f"{name.replace('/', '-')}-{scheme}-{width}.png", full_page=True)
-
-
-def assert_accessible(page: Page) -> None:
-    found = Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.fixture
@@ -313,7 +307,7 @@ def test_importance_is_worked_out_when_asked_for(browser: Browser, tmp_path: Pat
         table = page.get_by_role("table", name=re.compile("PED-ANOVA of 24 drawn"))
         expect(table).to_be_visible(timeout=20_000)
         assert set(table.locator("tbody th").all_inner_texts()) == set(GRID.ranges)
-        assert_accessible(page)
+        sites.assert_accessible(page)
 
 
 def test_optunas_dashboard_is_there_to_look_at_only(page: Page, site: Site, shots: Path) -> None:

@@ -289,6 +289,7 @@ def test_two_plans_are_shown_beside_each_other(page: Page, site: Site, told: lis
     for picture, trial in zip(page.locator("svg.picture").all(), (best, told[0]) * 2, strict=True):
         kept = trial.plan.num_kept(GRID * GRID)[-1]
         expect(picture).to_have_attribute("aria-label", re.compile(f"{re.escape(trial.name)}: {kept} of 576"))
+    sites.assert_accessible(page)
     page.screenshot(path=shots / "trial-beside.png", full_page=True)
 
 
