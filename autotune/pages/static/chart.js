@@ -4,6 +4,7 @@
 import { allBands } from "./bands.js";
 import { densePlace } from "./fronts.js";
 import { bars, glyphs, keyTraces, offFront } from "./glyphs.js";
+import { sidesOf } from "./labels.js";
 import { titleOf } from "./words.js";
 
 export const MARGIN = { l: 62, r: 14, t: 24, b: 52 };
@@ -66,21 +67,24 @@ function marks(name, members, texts, marker, rest = {}) {
 
 const colorsOf = (members) => members.map(([study]) => study.style.color);
 
-// Names beside them, towards the middle, where one study leaves room for that.
-function named(members, theme) {
-  const text = members.map(([study, { point }]) => titleOf(study, point).replace(" at limit", ""));
-  const xs = members.map(([, { x }]) => x[0]);
-  const middle = (Math.min(...xs) + Math.max(...xs)) / 2;
-  const textposition = xs.map((x) => (x > middle ? "bottom left" : "bottom right"));
+// Names beside them, where one study leaves room for that. at: where a place lies, in pixels.
+function named(study, members, theme, at, pixels) {
+  const names = members.map(([, { point }]) => titleOf(study, point).replace(" at limit", ""));
+  const sides = sidesOf(names, members.map(([, place]) => at(place)), study.front.map(at), pixels);
+  const text = names.map((name, place) => (sides[place] === null ? "" : name));
+  const textposition = sides.map((side) => side ?? "middle right");
   return { mode: "markers+text", text, textposition, textfont: { color: theme.text, size: 11 } };
 }
 
-function publishedTrace(shown, texts, theme) {
+function publishedTrace(shown, texts, theme, now, pixels) {
   const members = shown.flatMap((study) =>
     study.places.filter(({ point }) => study.points.published[point]).map((place) => [study, place]),
   );
   const marker = { symbol: "diamond-open", size: 11, color: colorsOf(members), line: { width: 1.8, color: colorsOf(members) } };
-  return marks("published", members, texts, marker, shown.length === 1 ? named(members, theme) : {});
+  const share = (value, [low, high]) => (value - low) / (high - low);
+  const at = ({ x, y }) => [share(x[0], now.x) * pixels.x, (1 - share(y[0], now.y)) * pixels.y];
+  const names = shown.length === 1 ? named(shown[0], members, theme, at, pixels) : {};
+  return marks("published", members, texts, marker, names);
 }
 
 function certifiedTrace(shown, texts, theme) {
@@ -166,7 +170,7 @@ export function figureOf({ shown, questions, view, known, texts, theme, box, zoo
     ...(view.hide.has("bands") ? [] : allBands(questions)),
     unseenTrace(off, texts),
     ...shown.map((study) => frontTrace(study, texts)),
-    ...(view.hide.has("published") ? [] : [publishedTrace(shown, texts, theme)]),
+    ...(view.hide.has("published") ? [] : [publishedTrace(shown, texts, theme, now, pixels)]),
     ...(view.hide.has("certified") ? [] : [certifiedTrace(shown, texts, theme)]),
     ...(view.hide.has("dense") ? [] : [denseTrace(shown, view, theme)]),
     chosenTrace(shown, view, theme),
