@@ -223,14 +223,6 @@ class Bench:
         by_task = self.table(split).by_task(self.scores(plan, split).scores)
         return sum(by_task.values()) / len(by_task), by_task
 
-    def dense(self) -> dict[str, Any]:
-        """What dense comes to on `select`: its score with an interval, by task, image GFLOPs and MiB of cache."""
-        dense = self.scores(Plan(stages=()), "select")
-        macro, by_task = self.table("select").macro(dense.scores), self.table("select").by_task(dense.scores)
-        gflops, cache_mib = self.cost_of(dense.commonest)
-        bounds = {"score": macro.value, "score_low": macro.low, "score_high": macro.high}
-        return {**bounds, "by_task": by_task, "gflops": gflops, "cache_mib": cache_mib}
-
     def _make_evaluator(self) -> Callable[[Plan, str, int, int | None], Scores]:
         """Several processes on a CPU; on a GPU, or for one worker, the model that is here already."""
         steps = {"select": self.looks}

@@ -146,7 +146,7 @@ def context(config: JobConfig, bench: Bench, dense_ms: float) -> dict[str, Any]:
     """What a study is about: for its workers, what they have to have, and for whoever looks at it.
 
     "scope" is under what its results are kept. Of "dense" the milliseconds are known when it is opened; workers add
-    `Bench.dense`.
+    `scoring.dense_of`.
     """
     registry = registry_of(config).address
     return {"fits": identity(bench), "scope": bench.digest, "registry": registry, "dense": {"ms": dense_ms}}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +24,18 @@ from autotune.racing import ERROR_RATE, Race
 from autotune.study import Study
 from btp.plan import Plan
 
-__all__ = ["DENSE", "Scoring"]
+__all__ = ["DENSE", "Scoring", "dense_of"]
 
 DENSE = Plan(stages=())
+
+
+def dense_of(bench: Bench) -> dict[str, Any]:
+    """What dense comes to on `select`: its score with an interval, by task, image GFLOPs and MiB of cache."""
+    dense, table = bench.scores(DENSE, "select"), bench.table("select")
+    macro = table.macro(dense.scores)
+    gflops, cache_mib = bench.cost_of(dense.commonest)
+    bounds = {"score": macro.value, "score_low": macro.low, "score_high": macro.high}
+    return {**bounds, "by_task": table.by_task(dense.scores), "gflops": gflops, "cache_mib": cache_mib}
 
 
 @dataclass(frozen=True)

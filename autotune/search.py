@@ -21,7 +21,7 @@ from autotune.objective import Told, front, steering
 from autotune.prefix_store import PrefixTooLargeError
 from autotune.realised import realised_key
 from autotune.schedule import flops_of
-from autotune.scoring import DENSE, Scoring
+from autotune.scoring import DENSE, Scoring, dense_of
 from autotune.space import Draw, SearchSpace, rescale
 from autotune.stopping import StoppedError
 from autotune.store import LeaseLostError, StoreError
@@ -95,7 +95,7 @@ class Search:
         """
         self._say("answering `select` with dense")
         with self._pulsing(_unless(stop)):
-            dense = self._bench.dense()
+            dense = dense_of(self._bench)
         self._study.leases.add("dense", dense)
         while not self._study.is_done(self._config.num_trials) and self._study.leases.opened is not None:
             if stop():

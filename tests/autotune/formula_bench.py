@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from autotune import racing
-from autotune.certify import Interval
+from autotune.certify import Interval, ScoreTable
 from autotune.config import JobConfig, Limit
 from autotune.evaluation import Scores
 from autotune.realised import realised_key
@@ -77,8 +77,15 @@ class FormulaBench:
         ability = self.ability(plan)
         for stop in self.looks:
             right = tuple((self._difficulty[:stop] < ability).astype(float).tolist())
-            realised = (((NUM_IMAGE_TOKENS,) * NUM_LAYERS, stop),)
+            realised = ((tokens_per_layer(plan, NUM_LAYERS, NUM_IMAGE_TOKENS), stop),)
             yield Scores(("",) * stop, right, realised, (1 - ability,) * stop, (1 - ability,) * stop)
+
+    def table(self, split: str) -> ScoreTable:
+        examples = self.splits[split]
+        return ScoreTable([e.image_id for e in examples], [e.task for e in examples], num_resamples=20)
+
+    def cost_of(self, tokens: tuple[int, ...]) -> tuple[float, float]:
+        return sum(tokens) / 1e3, sum(tokens) / 2e3
 
     def calibrated_layers(self, num_stages: int) -> tuple[int, ...]:
         return tuple(range(1, num_stages + 1))
