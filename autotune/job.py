@@ -83,9 +83,10 @@ def run(
         study.leases.close()
         search.finish()
         proof = _proven(bench, study, config, say)
+        outcome = deliver(config, bench, study, proof, say, began)
         say("noting what the plans look at")
         keep_sights(bench, _shown(study, proof))
-        return deliver(config, bench, study, proof, say, began)
+        return outcome
 
 
 def _anew(study: Study, bench: Bench, config: JobConfig) -> Study:
@@ -241,10 +242,10 @@ def _proven(bench: Bench, study: Study, config: JobConfig, say: Callable[[str], 
 
 
 def _shown(study: Study, proof: Proof) -> list[Plan]:
-    """The plans that anyone may want to look at: the champion, the front, and those that were set by hand."""
+    """The plans that anyone may want to look at: dense, the champion, the front, and those that were set by hand."""
     complete = [t for t in study.told() if t.complete and t.measured]
     fixed = [t.plan for t in complete if not t.name.startswith("trial ")]
-    return list(dict.fromkeys([proof.champion.plan, *(t.plan for t in front(complete)), *fixed]))
+    return list(dict.fromkeys([DENSE, proof.champion.plan, *(t.plan for t in front(complete)), *fixed]))
 
 
 def _certified(

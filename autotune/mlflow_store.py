@@ -105,7 +105,7 @@ class MlflowStore:
         """The id of a finished run, which `undo` deletes; files: a folder with what to upload."""
         from mlflow.entities import Metric, Param
 
-        found = self.client.create_run(self._experiment_id(experiment), tags=dict(tags), run_name=name)
+        found = self.client.create_run(self.experiment_id(experiment), tags=dict(tags), run_name=name)
         run_id = str(found.info.run_id)
         undo.callback(self.client.delete_run, run_id)
         now_ms = int(time.time() * 1000)
@@ -185,7 +185,8 @@ class MlflowStore:
     def search(self, condition: str = "") -> list[ModelVersion]:
         return _all(lambda token: self.client.search_model_versions(condition, page_token=token))
 
-    def _experiment_id(self, name: str) -> str:
+    def experiment_id(self, name: str) -> str:
+        """Of an experiment, which is made where there is none. Raises RegistryError for one that was deleted."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
             root = self._artifact_root

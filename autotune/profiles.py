@@ -230,7 +230,10 @@ def stack_of(log: Sequence[Promotion]) -> list[int]:
 
 
 def failed_gates(profile: Profile, alias: str, manifest: str) -> list[str]:
-    """Why a profile must not have an alias, in plain words; nothing where it may. manifest: its folder's digest."""
+    """Why a profile must not have an alias, in plain words; nothing where it may. manifest: its folder's digest.
+
+    Profiles from before it was kept do not tell on which device key their latency was measured, and are not asked.
+    """
     own = CHAMPION + profile.device.slug
     certificate = part_of(profile.evidence, "certificate")
     high, limit = part_of(certificate, "latency").get("high"), certificate.get("limit")

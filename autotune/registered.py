@@ -90,7 +90,8 @@ class Version:
     sha256: the profile's digest; manifest: its folder's, empty where it was registered without one. certified: as
     registered; reasons: why it is not, in one text. device: as in an alias. retention: macro accuracy as a share of
     dense's on held-out pictures; worst_task_retention: the worst task's. ratio: latency to dense's, at `metric`
-    and `quantile`. plan: its digest. What a profile does not tell is empty or None. created: in seconds since 1970.
+    and `quantile`. plan: its digest. experiment_id: of its run. What a profile does not tell is empty or None. created:
+    in seconds since 1970.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Version:
     created: float = 0.0
     study: str = ""
     plan: str = ""
+    experiment_id: str = ""
     data_digest: str = ""
     code_version: str = ""
     metric: str = ""
@@ -140,7 +142,7 @@ class Version:
 
 TEXTS = (
     *("device", "device_name", "dtype", "limit", "metric", "quantile"),
-    *("study", "plan", "data_digest", "code_version"),
+    *("study", "plan", "experiment_id", "data_digest", "code_version"),
 )
 NUMBERS = ("retention", "worst_task_retention", "ratio", "ratio_high", "latency_ms", "latency_high_ms")
 

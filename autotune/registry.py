@@ -17,6 +17,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,6 +101,7 @@ class Registry:
                 told = {**tags, **profile_tags(profile), SHA256: profile.digest}
                 self._store.drop_runs(experiment, SHA256, profile.digest, self._runs(name))
                 study = told.get("study")
+                told["experiment_id"] = self._store.experiment_id(experiment)
                 run_id = self._store.run(
                     experiment, undo, name=study, tags=told, metrics=metrics, params=params, files=Path(staging)
                 )
@@ -179,14 +181,26 @@ class Registry:
         return sorted(listed, key=lambda version: (version.created, version.name, version.version), reverse=True)
 
     def known_as(self, name: str, sha256: str) -> Version | None:
-        """The version of `name` whose profile has this digest, the oldest of several; None where there is none."""
+        """The version of `name` whose profile has this digest, the oldest of several; None where there is none.
+
+        It is its device's candidate from then on, if there is no newer one: who registered it may have been killed
+        before it was.
+        """
         if not self._store.exists:
             return None
         try:
             versions = self.versions(name)
         except NotRegisteredError:
             return None
-        return next((version for version in reversed(versions) if version.sha256 == sha256), None)
+        found = next((version for version in reversed(versions) if version.sha256 == sha256), None)
+        if found is None:
+            return None
+        newest = next(version for version in versions if version.device == found.device)
+        alias = f"candidate-{found.device}"
+        if newest.version == found.version and alias not in found.aliases:
+            self.point(name, alias, found.version)
+            return replace(found, aliases=(alias, *found.aliases))
+        return found
 
     def profile(self, version: Version) -> Profile:
         """The profile of a version as it is stored now, checked. Raises RegistryError."""

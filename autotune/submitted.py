@@ -135,7 +135,10 @@ def _inside(root: Path | None, what: str, text: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where jobs run, and what they write to. home: a folder; registry: MLflow's address, perhaps with a password."""
+    """Where jobs run, and what they write to. home: a folder.
+
+    registry: MLflow's address, perhaps with a password; empty where there is none, for who only looks.
+    """
 
     home: Path
     registry: str

@@ -27,6 +27,7 @@ from psycopg import sql
 
 from autotune import reference
 from autotune.client import Client, ServiceError
+from autotune.pages.profile import version_line
 from autotune.registry import Registry
 from btp.profile import Profile
 
@@ -283,6 +284,9 @@ def test_the_registry_s_own_pages_show_the_version(registry: str, finished: dict
         expect(page.get_by_role("link", name=finished["study"])).to_be_visible(timeout=30_000)
         expect(page.get_by_text(f"@ {finished['alias'].partition('@')[2]}")).to_be_visible()
         expect(page.get_by_text("Not certified")).to_be_visible()
+        (version,) = Registry(registry).versions(name)
+        page.goto(version_line(version, registry).mlflow_run)
+        expect(page.get_by_text("worst_task_retention").first).to_be_visible(timeout=30_000)
 
 
 def test_a_job_handed_in_over_http_goes_on_with_the_same_study(host: Host, finished: dict[str, Any]) -> None:

@@ -45,5 +45,11 @@ def test_the_table_has_every_system():
         assert f"`{name.removesuffix('_max_sum')}" in README
 
 
+def test_every_picture_is_there():
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert "docs/dashboard.png" in named
+    assert [name for name in named if not (Path(__file__).parents[1] / name).is_file()] == []
+
+
 def test_the_table_has_every_model_class():
     assert {name for name in _FAMILIES if f"`{name}`" not in README} == set()

@@ -19,6 +19,7 @@ __all__ = ["app", "registry_beside", "studies_at"]
 app = typer.Typer()
 DEMO = Path("runs/demo")
 PATIENCE_S = 5.0  # with a database that is away
+SQLITE = "sqlite:///"
 
 
 @app.command()
@@ -42,7 +43,7 @@ def dashboard(
         from autotune.submitted import Place
 
         found = studies_at(out, storage)
-        place = Place(home=out or DEMO, registry=registry or registry_beside(out, found))
+        place = Place(home=out or DEMO, registry=registry or registry_beside(out, found) or "")
         settings = server.Settings(storage=found, place=place, rate="100000/minute")
         guest = Guest(_who())
 
@@ -67,18 +68,21 @@ def studies_at(out: Path | None, storage: str | None) -> str:
     return found
 
 
-def registry_beside(out: Path | None, storage: str) -> str:
-    """MLflow's own database in the folder, or else beside the studies'."""
-    from autotune.store import Database
+def registry_beside(out: Path | None, storage: str) -> str | None:
+    """MLflow's own database in the folder, or else beside the studies'; beside a server, what its newest study names.
 
-    file = Database(storage).file
-    folder = out or (None if file is None else file.parent)
-    if folder is None:
-        raise AutotuneError(
-            f"a registry must be named beside a database on a server, got none for {Database(storage)}; give "
-            "--registry, or --out with the folder that has one"
-        )
-    return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    None where that names none, or a file that is not here.
+    """
+    from autotune.store import Database, Studies
+
+    database = Database(storage, PATIENCE_S)
+    folder = out or (None if database.file is None else database.file.parent)
+    if folder is not None:
+        return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    newest = Studies(database).newest(1)
+    address = str(newest[0].context.get("registry") or "") if newest else ""
+    is_here = not address.startswith(SQLITE) or Path(address.removeprefix(SQLITE)).exists()
+    return address if address and is_here else None
 
 
 def _who() -> str:

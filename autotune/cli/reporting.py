@@ -50,7 +50,7 @@ def report(
         print(out)
 
 
-def _report(database: Database, names: list[str], registry: str) -> str:
+def _report(database: Database, names: list[str], registry: str | None) -> str:
     from autotune.objective import Told
     from autotune.pages.compare import Comparison
     from autotune.pages.fronts import StudySeries
@@ -64,10 +64,10 @@ def _report(database: Database, names: list[str], registry: str) -> str:
     told = Studies(database)
     series = [StudySeries.of(row, [Told.from_dict(record) for record in told.records(row.name)]) for row in rows]
     view = View.of(("study", row.name) for row in rows)
-    profiles = Profiles(Registry(registry), database)
+    profiles = Profiles(Registry(registry), database) if registry else None
     versions, notes = _versions(profiles)
     comparison = Comparison(view=view, studies=tuple(series), versions=tuple(versions), links=False)
-    certificates = _certificates(profiles, comparison, notes)
+    certificates = _certificates(profiles, comparison, notes) if profiles else []
     code = importlib.metadata.version("btp-autotune")
     return rendered(comparison, sheet_of(rows), certificates, notes, at=time.time(), version=code)
 
@@ -84,11 +84,13 @@ def _rows(database: Database, names: list[str]) -> list[StudyRow]:
     return [row for row in found.values() if row is not None]
 
 
-def _versions(profiles: Profiles) -> tuple[list[Version], list[str]]:
+def _versions(profiles: Profiles | None) -> tuple[list[Version], list[str]]:
     """What is registered, and what is to be said where that cannot be asked."""
     from autotune.redaction import redacted
     from autotune.registered import RegistryError
 
+    if profiles is None:
+        return [], ["No registry was named, so certified versions are not shown; name it with --registry."]
     file = profiles.registry.file
     if file is not None and not file.exists():
         return [], ["There was no registry to ask for certified versions."]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from autotune.objective import Told
 from autotune.pages.figures import Range
+from autotune.pages.standing import TrialStanding, standing_of
 from autotune.report import FIXED
 from autotune.store import StudyRow
 from btp.presets import SYSTEMS
@@ -44,6 +45,13 @@ X = Literal["latency", "ms", "gflops", "cache"]
 Y = Literal["accuracy", "retention", "worst"]
 Status = Literal["within", "uncertain", "infeasible", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+DRAWN_AS: dict[TrialStanding, Status] = {
+    "stopped": "stopped",
+    "over": "infeasible",
+    "below": "infeasible",
+    "uncertain": "uncertain",
+    "within": "within",
+}
 PUBLISHED = {*FIXED, *(f"{system.name} at limit" for system in SYSTEMS.values())}
 """Names of trials that nobody drew: the hand-set plans, the controls, and what was published."""
 
@@ -62,8 +70,7 @@ class Dense:
 class Point:
     """A finished trial, and how much of it is to be believed.
 
-    Of those on all samples, "within" is surely within the limit and the guard, and "uncertain" may be: its latency was
-    modelled, or its interval holds the limit. "stopped" is what racing stopped.
+    status: as of `standing_of`, with what is over the limit or below the guard as one.
     """
 
     told: Told
@@ -71,12 +78,7 @@ class Point:
 
     @classmethod
     def of(cls, told: Told) -> Point:
-        if not told.complete:
-            return cls(told, "stopped")
-        if told.feasible:
-            return cls(told, "within" if told.measured else "uncertain")
-        guarded = told.guard is None or told.worst_task >= told.guard
-        return cls(told, "uncertain" if guarded and told.ratio_low <= told.limit else "infeasible")
+        return cls(told, DRAWN_AS[standing_of(told)])
 
     @property
     def is_published(self) -> bool:

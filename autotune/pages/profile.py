@@ -52,6 +52,7 @@ class VersionLine:
     study: str
     created: str
     mlflow: str
+    mlflow_run: str
     worth: Mapping[str, float | None]
 
     @property
@@ -113,6 +114,8 @@ class Compared:
 def version_line(version: Version, registry: str) -> VersionLine:
     """registry: its address, without a password."""
     link = f"{registry}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
+    run = f"{registry}/#/experiments/{version.experiment_id}/runs/{version.run_id}" if version.experiment_id else ""
+    is_server = registry.startswith(("http://", "https://"))
     return VersionLine(
         name=version.name,
         number=version.version,
@@ -129,7 +132,8 @@ def version_line(version: Version, registry: str) -> VersionLine:
         study=version.study,
         created=moment(version.created),
         worth={name: getattr(version, name) for name in NUMBERS},
-        mlflow=link if registry.startswith(("http://", "https://")) else "",
+        mlflow=link if is_server else "",
+        mlflow_run=run if is_server else "",
     )
 
 

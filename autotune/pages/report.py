@@ -16,6 +16,7 @@ from autotune.pages.compare import Comparison
 from autotune.pages.figures import moment
 from autotune.pages.points import csv_of, data_of
 from autotune.pages.profile import Chosen
+from autotune.pages.study import settings
 from autotune.pages.view import HIDEABLE, X_NAMES, Y_NAMES
 from autotune.redaction import redacted
 from autotune.store import StudyRow
@@ -23,9 +24,6 @@ from autotune.store import StudyRow
 __all__ = ["Sheet", "rendered", "sheet_of"]
 
 STYLES = ("pico.classless.min.css", "site.css", "compare.css")
-SETTINGS = ("model", "limit", "guard", "sampler", "seed", "num_trials", "repeats", "threads", "data")
-FITS = ("name", "dtype", "attention", "batch_size", "prompt_tokens", "image_tokens", "torch", "transformers", "driver")
-CALLED = {"num_trials": "trials asked for", "name": "device", "batch_size": "batch", "repeats": "pairs a measurement"}
 NOT_TOLD = "–"
 
 
@@ -46,11 +44,9 @@ def sheet_of(rows: Sequence[StudyRow]) -> Sheet:
 
 
 def _told(row: StudyRow) -> dict[str, str]:
-    told = {CALLED.get(name, name.replace("_", " ")): row.settings.get(name) for name in SETTINGS}
-    fits = row.context.get("fits", {})
-    told |= {CALLED.get(name, name.replace("_", " ")): fits.get(name) for name in FITS}
+    told = dict(settings(row.settings, row.context.get("fits", {})))
     told |= {"begun": moment(row.created), "trials told": f"{row.num_told} of {row.target}"}
-    return {name: str(redacted(value)) for name, value in told.items() if value not in (None, "")} | _dense(row.context)
+    return {name: redacted(text) for name, text in told.items()} | _dense(row.context)
 
 
 def _dense(context: Mapping[str, Any]) -> dict[str, str]:

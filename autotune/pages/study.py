@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from autotune.pages.figures import percent
@@ -45,6 +47,9 @@ FITS = {
     "batch_size": "batch",
     "prompt_tokens": "prompt tokens",
     "image_tokens": "image tokens",
+    "torch": "torch",
+    "transformers": "transformers",
+    "driver": "driver",
 }
 
 
@@ -79,7 +84,8 @@ class Failure:
 class Cost:
     """What the search took. saved: share of the answers that racing did not ask for, plans tried twice counted once.
 
-    wall_s: from the first told trial to the last; per_trial_s: of it; left_s: what the rest takes at that rate.
+    wall_s: from the first told trial to the last; per_trial_s: the median gap between two, so that a pause does not
+    count; left_s: what the rest takes at that rate.
     """
 
     num_answers: int
@@ -124,7 +130,7 @@ def cost(standing: Standing, told: Sequence[Told], attempts: Sequence[Attempt]) 
     full = max((t.num_samples for t in tried), default=0) * len(tried)
     times = sorted(each.told for each in attempts if each.told is not None)
     wall_s = times[-1] - times[0] if times else 0.0
-    per_trial_s = wall_s / (len(times) - 1) if len(times) > 1 else None
+    per_trial_s = median(after - before for before, after in pairwise(times)) if len(times) > 1 else None
     rest = max(0, standing.target - standing.num_told - standing.num_failed)
     going = standing.state == "running" and per_trial_s is not None
     return Cost(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autotune.pages.figures import Axis, Range, axis
+from autotune.pages.standing import TrialStanding, standing_of
 
 if TYPE_CHECKING:
     from autotune.objective import Told
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["BEST", "Picture", "Trial", "picture", "trial_row", "trials"]
 
 BEST = "on the front"
+WORDS: dict[TrialStanding, str] = {
+    "stopped": "stopped early",
+    "over": "over the limit",
+    "below": "below the guard",
+    "uncertain": "perhaps over the limit",
+    "within": "feasible",
+}
 WIDTH, HEIGHT, LEFT, BELOW = 360.0, 220.0, 44.0, 26.0  # of the picture, and of the room for its ticks
 
 
@@ -72,10 +80,5 @@ def picture(told: Sequence[Told]) -> Picture | None:
 
 def _standing(told: Told) -> str:
     """What keeps a trial off the front, if it is not that others are better."""
-    if not told.complete:
-        return "stopped early"
-    if told.ratio_high > told.limit:
-        return "over the limit" if told.ratio_low > told.limit else "perhaps over the limit"
-    if told.guard is not None and told.worst_task < told.guard:
-        return "below the guard"
-    return "feasible" if told.measured else "not measured"
+    found = standing_of(told)
+    return "not measured" if found == "uncertain" and told.feasible else WORDS[found]

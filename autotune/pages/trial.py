@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autotune.config import Limit
 from autotune.pages.accuracy import MACRO, Accuracy, accuracy_of
 from autotune.pages.figures import NOT_KNOWN, Range, percent
 from autotune.pages.latency import Measurement, measurements_of
 from autotune.pages.schedule import Schedule, schedule_of
 from autotune.pages.sights import Sight, sights_of
+from autotune.pages.standing import standing_of
 
 if TYPE_CHECKING:
     from autotune.objective import Told
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Fact", "Group", "Look", "Side", "Subject", "TrialPage", "choices_of", "trial_page"]
 
 DRAWN = "trial "  # how the names of what the sampler drew begin; the others' are of fixed plans
+METRICS = {"prefill": "Prefill", "ttft": "Time to first token"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,25 +180,38 @@ def _num_layers(told: Iterable[Told]) -> int | None:
 
 
 def _verdict(told: Told, is_on_front: bool) -> str:
-    late = f"its latency may be as high as {told.ratio_high:.3f} of dense, and the limit is {told.limit:.3f}"
-    if told.ratio_high > told.limit:
-        return f"Over the limit: {late}."
-    if not told.complete:
-        return f"Stopped early: after {told.num_samples} samples it surely could not enter the front."
-    if not told.feasible:
-        kept, needed = percent(told.worst_task), percent(told.guard)
-        return f"Breaks the guard: the worst task keeps {kept} of dense, and {needed} is needed."
     if is_on_front:
         return "On the front: no other trial beats it in both accuracy and latency."
-    if not told.measured:
-        return "Within the limit by the latency model; it was not measured."
-    return "Within the limit, but another trial is as good and no slower."
+    limit = f"and the limit is {told.limit:.3f}"
+    match standing_of(told):
+        case "stopped":
+            late = f" Its latency may be as high as {told.ratio_high:.3f} of dense, {limit}."
+            early = f"Stopped early: after {told.num_samples} samples it surely could not enter the front."
+            return early + (late if told.ratio_high > told.limit else "")
+        case "over":
+            return f"Over the limit: its latency is at least {told.ratio_low:.3f} of dense, {limit}."
+        case "below":
+            kept, needed = percent(told.worst_task), percent(told.guard)
+            return f"Below the guard: the worst task keeps {kept} of dense, and {needed} is needed."
+        case "uncertain" if not told.feasible:
+            return f"Perhaps over the limit: its latency may be as high as {told.ratio_high:.3f} of dense, {limit}."
+        case "uncertain":
+            return "Within the limit by the latency model; it was not measured."
+        case "within":
+            return "Within the limit, but another trial is as good and no slower."
 
 
 def _facts(subjects: Sequence[Subject], sides: Sequence[Side]) -> tuple[Fact, ...]:
     columns = [_figures(subject, side) for subject, side in zip(subjects, sides, strict=True)]
-    facts = [Fact(label=label, texts=tuple(column[label] for column in columns)) for label in columns[0]]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    facts = [Fact(label=label, texts=tuple(column.get(label, NOT_KNOWN) for column in columns)) for label in labels]
     return tuple(fact for fact in facts if any(text != NOT_KNOWN for text in fact.texts))
+
+
+def _metric(study: StudyRow) -> str:
+    """Of its limit, as of `autotune.config.Limit`; "Latency" before the study was opened."""
+    limit = study.settings.get("limit")
+    return METRICS[Limit.parse(limit).metric] if limit else "Latency"
 
 
 def _figures(subject: Subject, side: Side) -> dict[str, str]:
@@ -208,7 +224,7 @@ def _figures(subject: Subject, side: Side) -> dict[str, str]:
         "Of dense's accuracy": percent(kept),
         "Worst task keeps": percent(told.worst_task if labelled else None),
         "Latency, of dense": f"{side.ratio.text()} {'measured' if told.measured else 'modelled'}",
-        "Prefill, ms": _number(told.ratio * dense["ms"] if dense.get("ms") else None, ".1f"),
+        f"{_metric(subject.study)}, ms": _number(told.ratio * dense["ms"] if dense.get("ms") else None, ".1f"),
         "Image GFLOPs": _beside(told.image_gflops, dense.get("gflops")),
         "Cache, MiB": _beside(told.cache_mib, dense.get("cache_mib")),
         "Image tokens, mean over layers": percent(shared),

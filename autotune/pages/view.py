@@ -26,7 +26,7 @@ Y_NAMES: dict[Y, str] = {
 }
 HIDEABLE = {
     "stopped": "stopped by racing",
-    "infeasible": "over the limit",
+    "infeasible": "over the limit or below the guard",
     "uncertain": "uncertain",
     "beaten": "beaten by the front",
     "published": "published plans and controls",

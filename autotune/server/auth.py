@@ -30,8 +30,8 @@ FORM = b"a form of the dashboard"
 class Gate:
     """Before anything of a request is read: its key, how often it comes, how large it says it is.
 
-    A key comes as a bearer's, or on the way to a page as a cookie. What programs ask for takes no cookie: no page of
-    another site can have a browser send what it does not hold itself.
+    A key comes as a bearer's; on the way to a page, a session's token may come as a cookie instead. What programs ask
+    for takes no cookie: no page of another site can have a browser send what it does not hold itself.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -51,12 +51,14 @@ class Gate:
 
     async def _enter(self, request: Request) -> None:
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
-        cookie = request.cookies.get(self._service.cookie, "")
-        if not scheme and not is_api(request):
-            scheme, text = "bearer", cookie
+        is_bearer = scheme.lower() == "bearer"
+        if not is_bearer:
+            text = "" if is_api(request) else request.cookies.get(self._service.cookie, "")
         if is_page(request) and not text:
             raise HTTPException(401)
-        request.state.key = await self._service.entry.key(text if scheme.lower() == "bearer" else "", _host(request))
+        entry = self._service.entry
+        look = entry.key if is_bearer or is_api(request) else entry.session
+        request.state.key = await look(text, _host(request))
         request.state.csrf = hmac.digest(text.encode(), FORM, hashlib.sha256).hex()
         self._service.rate.count(str(request.state.key.id))
 

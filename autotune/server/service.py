@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from autotune.profiles import Profiles
+from autotune.registered import RegistryError
 from autotune.registry import Registry
 from autotune.server.entry import Entry, Guest
 from autotune.server.limits import Rate, Streams
@@ -17,9 +18,13 @@ from autotune.server.told import ToldTrials
 from autotune.store import Database, Keys, Studies, Submissions
 from autotune.submitted import Place
 
-__all__ = ["Service", "ServiceParameter", "Settings"]
+__all__ = ["AwayError", "Service", "ServiceParameter", "Settings"]
 
 PATIENCE_S = 5.0  # with a database that is away; then whoever asked is told to come again
+
+
+class AwayError(RegistryError):
+    """The registry could not be asked, which its text tells anybody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +47,13 @@ class Service:
     """The parts of one running server. Raises AutotuneError for settings that cannot be.
 
     guest: the one who may come in, where nobody needs a key. rate, streams: requests, and open streams, by key. entry:
-    looks keys up. cookie: what a key comes in to pages; browsers tell no ports apart. stopping: set once it is to end,
-    for what would go on else.
+    looks keys and sessions up. cookie: what a session's token comes in; browsers tell no ports apart. stopping: set
+    once it is to end, for what would go on else.
     """
 
     def __init__(self, settings: Settings, guest: Guest | None = None) -> None:
         self.settings, self.guest, self.stopping = settings, guest, threading.Event()
-        self.cookie = "autotune_key" if guest is None else "autotune_dashboard"
+        self.cookie = "autotune_session" if guest is None else "autotune_dashboard"
         self.rate = Rate(settings.rate)
         self.streams = Streams(settings.streams)
         self.database = Database(settings.storage, PATIENCE_S)
@@ -58,6 +63,9 @@ class Service:
 
     @functools.cached_property
     def profiles(self) -> Profiles:
+        """Raises AwayError where there is no registry."""
+        if not self.settings.place.registry:
+            raise AwayError("no registry was named, nor by the newest study; start with --registry")
         return Profiles(Registry(self.settings.place.registry), self.database)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ToldTrials"]
 
-MOST_STUDIES = 16  # that are kept in memory; 2,000 trials are some 10 MB
+MOST_STUDIES = 32  # that are kept in memory, no fewer than one picture has; 2,000 trials are some 10 MB
 MOST_BEST = 10_000
 
 
@@ -54,7 +54,7 @@ class ToldTrials:
             return known.told[first:], known.place
 
     def best(self, standings: Sequence[Standing]) -> dict[str, float | None]:
-        """The highest feasible score of each; None for a study without one."""
+        """The highest feasible score of each; None for a study without one, or without labels."""
         keys = {each.name: (each.name, each.created, each.num_told) for each in standings}
         with self._lock:
             missing = [name for name, key in keys.items() if key not in self._best]

@@ -1,4 +1,4 @@
-"""API keys: shown once, kept as a hash, found by a prefix that is no secret."""
+"""API keys: shown once, kept as a hash, found by a prefix that is no secret; and sessions, opened with one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, RowMapping, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from autotune.config import AutotuneError
 from autotune.store.database import Database
-from autotune.store.tables import Now, api_key
+from autotune.store.tables import Now, api_key, session
 
 __all__ = ["SCOPES", "Key", "Keys"]
 
@@ -86,8 +86,7 @@ class Keys:
         form = _FORM.fullmatch(text)
         if form is None:
             return None
-        alive = or_(api_key.c.expires.is_(None), api_key.c.expires > Now())
-        valid = select(api_key).where(api_key.c.prefix == form[1], alive, api_key.c.revoked.is_(None))
+        valid = select(api_key).where(api_key.c.prefix == form[1], *_good())
         row = self._database.run(lambda connection: connection.execute(valid).mappings().first())
         same = hmac.compare_digest(_hash(text), _NOBODY if row is None else row["hash"])
         return _key(row) if row is not None and same else None
@@ -106,6 +105,33 @@ class Keys:
 
         self._database.run(work)
 
+    def open_session(self, key: Key, seconds: float) -> str:
+        """A token that stands for a key for so long, unless the key ends before; sessions that are over are deleted."""
+        token = secrets.token_urlsafe(SECRET_BYTES)
+        values = {"hash": _hash(token), "key": key.id, "created": Now(), "expires": Now() + seconds}
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(session).where(session.c.expires <= Now()))
+            if connection.execute(select(session.c.key).where(session.c.hash == values["hash"])).first() is None:
+                connection.execute(insert(session).values(values))
+
+        self._database.run(work)
+        return token
+
+    def session(self, token: str) -> Key | None:
+        """Whose session this is; None for one that is unknown, closed or over, or whose key opens nothing any more."""
+        if not token:
+            return None
+        mine = session.c.hash == _hash(token), session.c.expires > Now()
+        valid = select(api_key).join(session, session.c.key == api_key.c.id).where(*mine, *_good())
+        row = self._database.run(lambda connection: connection.execute(valid).mappings().first())
+        return None if row is None else _key(row)
+
+    def close_session(self, token: str) -> None:
+        """Have a token stand for nothing any more; it may do so already."""
+        mine = delete(session).where(session.c.hash == _hash(token))
+        self._database.run(lambda connection: connection.execute(mine))
+
     def all(self) -> list[Key]:
         """Every key that ever was, oldest first."""
         rows = self._database.run(lambda c: c.execute(select(api_key).order_by(api_key.c.id)).mappings().all())
@@ -121,6 +147,11 @@ def _check(name: str, scopes: Collection[str], expires_s: float | None) -> None:
         raise AutotuneError(f"--scopes must be some of {','.join(SCOPES)}, got {','.join(sorted(scopes))!r}")
     if expires_s is not None and not expires_s > 0:
         raise AutotuneError(f"a key must last for some time, got {expires_s:g} s; leave it out for one without an end")
+
+
+def _good() -> tuple[ColumnElement[bool], ...]:
+    """What is so of every key that opens something."""
+    return or_(api_key.c.expires.is_(None), api_key.c.expires > Now()), api_key.c.revoked.is_(None)
 
 
 def _hash(text: str) -> str:

@@ -27,6 +27,7 @@ __all__ = ["EXPIRED", "LEASE_S", "MAX_ATTEMPTS", "Evaluation", "Lease", "LeaseLo
 LEASE_S = 120.0  # from one sign of life to the next; a batch, or a block of a measurement, has to fit in
 DRIVER_S = 600.0  # what a job does after its trials has long steps
 MAX_ATTEMPTS = 3  # of a trial whose workers die
+ADDED = ("dense",)  # parts of a study's config that workers say more of
 SUPERSEDED = ("expired", "released")
 OPEN = ("waiting", "held")
 EXPIRED = "its worker gave no sign of life before the lease ran out"
@@ -120,16 +121,29 @@ class Leases:
         self._database.run(lambda c: c.execute(mine.values(driver=None, driver_expires=None)))
 
     def open(self, config: Mapping[str, Any], target: int) -> None:
-        """Let workers ask, until there are `target` trials, if they were not started with fewer. config: for them."""
-        self._set_job(config=dict(config), target=target, is_open=True)
+        """Let workers ask, until there are `target` trials, if they were not started with fewer. config: for them.
+
+        What `add` has said before stays, and wins.
+        """
+
+        def act(connection: Connection) -> None:
+            self._locked(connection)
+            mine = job.c.study == self._study
+            known = connection.execute(select(job.c.config).where(mine)).scalar_one()
+            both = {name: {**config.get(name, {}), **known[name]} for name in ADDED if name in known}
+            values = {"config": {**config, **both}, "target": target, "is_open": True}
+            connection.execute(update(job).where(mine).values(values))
+
+        self._database.run(act)
 
     def add(self, name: str, more: Mapping[str, Any]) -> None:
-        """Say more under a name of the config of a study that is open, until it is opened anew."""
+        """Say more under a name of the config, one of `ADDED`, for whoever looks at the study."""
+        assert name in ADDED, f"what is added must be one of {', '.join(ADDED)}, got {name}"
 
         def act(connection: Connection) -> None:
             self._locked(connection)
             config = connection.execute(select(job.c.config).where(job.c.study == self._study)).scalar_one()
-            mine = update(job).where(job.c.study == self._study, job.c.is_open)
+            mine = update(job).where(job.c.study == self._study)
             connection.execute(mine.values(config={**config, name: {**config.get(name, {}), **more}}))
 
         self._database.run(act)

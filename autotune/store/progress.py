@@ -139,9 +139,9 @@ class Overview:
         return None if row is None else _standing(row)
 
     def best(self, names: Collection[str]) -> dict[str, float]:
-        """The highest score of those trials that are feasible; none for a study that has none."""
+        """The highest score of those trials that are feasible; none for a study that has none, or no labels."""
         best = func.max(evaluation.c.record["score"].as_float())
-        found = select(evaluation.c.study, best).where(evaluation.c.study.in_(names), _FEASIBLE)
+        found = select(evaluation.c.study, best).where(evaluation.c.study.in_(names), _FEASIBLE, _LABELLED)
         rows = self._database.run(lambda c: c.execute(found.group_by(evaluation.c.study)).all())
         return {str(name): float(score) for name, score in rows}
 
@@ -221,6 +221,8 @@ _FEASIBLE = and_(
     or_(_guard.is_(None), _record["worst_task"].as_float() >= _guard),
 )
 """As `objective.Told.feasible` has it, of complete trials."""
+_LABELLED = _record["by_task"].as_string() != "{}"
+"""Without labels every score is 0."""
 
 
 def _like(text: str) -> ColumnElement[bool]:

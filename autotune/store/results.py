@@ -88,7 +88,7 @@ class Results:
                 made = insert(device).values(digest=digest, key=dict(key)).returning(device.c.id)
                 number = connection.execute(made).scalar_one()
             pairs = {"dense_ms": list(dense_ms), "pruned_ms": list(pruned_ms)}
-            values = {"device": number, "plan": plan, "limit": limit, "measured": Now(), **pairs}
+            values = {"device": number, "scope": self._scope, "plan": plan, "limit": limit, "measured": Now(), **pairs}
             connection.execute(insert(latency_block).values(values))
 
         try:
@@ -97,10 +97,11 @@ class Results:
             self._database.run(act)
 
     def blocks(self, plan: str) -> list[Block]:
-        """Every measurement of a plan, by its digest, on whatever device; oldest first."""
+        """Every measurement of a plan, by its digest, oldest first."""
         columns = (latency_block.c.limit, latency_block.c.dense_ms, latency_block.c.pruned_ms, latency_block.c.measured)
         query = select(device.c.key, *columns).join(device, device.c.id == latency_block.c.device)
-        query = query.where(latency_block.c.plan == plan).order_by(latency_block.c.id)
+        query = query.where(latency_block.c.scope == self._scope, latency_block.c.plan == plan)
+        query = query.order_by(latency_block.c.id)
         return [
             Block(device=key, limit=limit, dense_ms=tuple(dense), pruned_ms=tuple(pruned), measured=measured)
             for key, limit, dense, pruned, measured in self._database.run(lambda c: c.execute(query).all())

@@ -42,6 +42,11 @@ class Studies:
         page = _STUDIES.where(job.c.study > after).order_by(job.c.study).limit(limit)
         return [_row(row) for row in self._database.run(lambda c: c.execute(page).mappings().all())]
 
+    def newest(self, limit: int) -> list[StudyRow]:
+        """The one that was created last first."""
+        page = _STUDIES.order_by(job.c.created.desc(), job.c.study).limit(limit)
+        return [_row(row) for row in self._database.run(lambda c: c.execute(page).mappings().all())]
+
     def get(self, name: str) -> StudyRow | None:
         """None where there is no such study."""
         row = self._database.run(lambda c: c.execute(_STUDIES.where(job.c.study == name)).mappings().first())

@@ -35,6 +35,7 @@ __all__ = [
     "metadata",
     "promotion",
     "sample_result",
+    "session",
     "submission",
     "submission_event",
 ]
@@ -172,6 +173,7 @@ latency_block = Table(
     metadata,
     Column("id", BigId, primary_key=True),
     Column("device", BigInteger, ForeignKey(device.c.id), nullable=False),
+    Column("scope", String(64), nullable=True, doc="as of `kept`; null where it was measured before this was kept"),
     Column("plan", String(64), nullable=False, doc="its digest"),
     Column("limit", String(64), nullable=False),
     Column("dense_ms", JSON, nullable=False),
@@ -215,6 +217,16 @@ api_key = Table(
     Column("revoked", Double, nullable=True),
     sqlite_autoincrement=True,
 )
+
+session = Table(
+    "session",
+    metadata,
+    Column("hash", String(64), primary_key=True, doc="SHA-256 of the token, which a cookie holds"),
+    Column("key", BigInteger, ForeignKey(api_key.c.id), nullable=False, doc="that it was opened with"),
+    Column("created", Double, nullable=False),
+    Column("expires", Double, nullable=False, doc="by the database's clock"),
+)
+"""Who is logged in to the dashboard."""
 
 submission = Table(
     "submission",

@@ -98,10 +98,19 @@ def _wait_until_healthy(address: str) -> None:
             time.sleep(0.2)
 
 
-def register_and_die(address: str, name: str, profile: Path, finalists: dict[str, dict[str, float | str]]) -> None:
-    """A registration that is killed when its runs are made, and its version is not."""
+def register_and_die(
+    address: str, name: str, profile: Path, finalists: dict[str, dict[str, float | str]], late: bool = False
+) -> None:
+    """A registration that is killed when its runs are made, and its version is not; or late, before it is candidate."""
     registry = Registry(address)
-    registry._store.make_model = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if late:
+        registry._store.client.set_registered_model_alias = die  # type: ignore[method-assign]
+    else:
+        registry._store.make_model = die  # type: ignore[method-assign]
     register(registry, name, profile, finalists=finalists)
 
 

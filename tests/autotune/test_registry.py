@@ -456,6 +456,24 @@ def test_what_a_killed_process_left_of_a_profile_is_gone_once_it_is_registered(
     assert [each.run_id for each in registry.versions(name)] == [version.run_id, other.run_id]
 
 
+def test_what_was_killed_before_it_was_candidate_is_once_it_is_looked_for(
+    registry: Registry, name: str, profile: Path, other_profile: Path
+) -> None:
+    register(registry, name, other_profile)
+    process = FORK.Process(target=register_and_die, args=(registry.tracking_uri, name, profile, {}, True))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert registry.find(f"{name}@candidate-cpu").version == 1
+    found = registry.known_as(name, Profile.load(profile).digest)
+    assert found is not None
+    assert (found.version, found.aliases) == (2, ("candidate-cpu",))
+    assert registry.find(f"{name}@candidate-cpu").version == 2
+    older = registry.known_as(name, Profile.load(other_profile).digest)
+    assert older is not None
+    assert (older.version, older.aliases) == (1, ())
+
+
 def test_a_version_is_searched_by_what_its_profile_says(
     registry: Registry, client: MlflowClient, name: str, tmp_path: Path
 ) -> None:

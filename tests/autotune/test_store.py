@@ -269,6 +269,28 @@ def test_draws_are_found_by_state_once_they_are_made(storage: str) -> None:
     ]
 
 
+def test_what_was_said_of_dense_stays_when_a_study_is_opened_again(storage: str) -> None:
+    study = Leases(Database(storage), "s")
+    study.create()
+    study.open({"seed": 0, "dense": {"ms": 30.0}}, 3)
+    study.add("dense", {"score": 0.9})
+    study.close()
+    study.open({"seed": 0, "dense": {"ms": 40.0}}, 5)
+    assert study.opened == {"seed": 0, "dense": {"ms": 30.0, "score": 0.9}}
+    study.close()
+    study.add("dense", {"gflops": 1.0})
+    study.open({"seed": 0}, 5)
+    assert study.opened == {"seed": 0, "dense": {"ms": 30.0, "score": 0.9, "gflops": 1.0}}
+
+
+def test_a_latency_is_of_the_model_it_was_measured_with(storage: str) -> None:
+    database = Database(storage)
+    for scope, dense_ms in (("one", 50.0), ("other", 95.0)):
+        Results(database, scope).measured({"name": "cpu"}, "plan", "prefill_p50<=0.6x", [dense_ms], [30.0])
+    (block,) = Results(database, "one").blocks("plan")
+    assert (block.dense_ms, block.pruned_ms) == ((50.0,), (30.0,))
+
+
 def test_a_closed_study_is_not_open_to_workers(storage: str) -> None:
     study = leases(storage)
     assert study.opened == {"model": "m"}

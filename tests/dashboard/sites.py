@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +15,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from autotune.registry import Registry
 from benchmarks.replayed_worker import open_study, work
-from tests.autotune.registries import CERTIFIED, UNCERTIFIED, register, save_profile
+from btp.sealed import sha256_of
+from tests.autotune.registries import CERTIFIED, PROFILE, UNCERTIFIED, register, save_profile
 from tests.autotune.services import key_of, serving
 
 MODEL = "tiny"
@@ -26,6 +27,7 @@ LATENCY: dict[str, Any] = {
     "metric": "prefill",
     "quantile": "p50",
     "dense_ms": 10.0,
+    "device_key": sha256_of(asdict(PROFILE.device)),
 }
 
 

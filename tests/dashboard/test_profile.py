@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Page, expect
 
 from autotune.objective import Told, front
@@ -19,7 +23,10 @@ from autotune.pages.profile import chosen_of, model_lines, version_line
 from autotune.profiles import Profiles
 from autotune.registered import NotRegisteredError, RegistryError, Version
 from autotune.registry import Registry
-from autotune.server.dashboard.asking import AwayError, wait_for, within_patience
+from autotune.server import create_app
+from autotune.server.dashboard import asking
+from autotune.server.dashboard import profiles as profiles_pages
+from autotune.server.dashboard.asking import AwayError, LateError, see_through, within_patience
 from autotune.server.service import Service, Settings
 from autotune.store import Database
 from autotune.store.promotions import Promotions
@@ -27,7 +34,7 @@ from autotune.submitted import Place
 from btp.plan import Plan, Stage
 from btp.profile import Profile
 from tests.autotune.registries import CERTIFIED, PROFILE, UNCERTIFIED, register
-from tests.autotune.services import caller
+from tests.autotune.services import caller, key_of
 from tests.dashboard import made_up, sites
 from tests.dashboard.sites import Site
 
@@ -296,8 +303,54 @@ def test_the_registry_is_waited_for_so_long_and_then_left_alone(service: Service
     with pytest.raises(AwayError, match="a moment ago"):
         within_patience(service, lambda: time.sleep(2))
     assert time.monotonic() - began < 1
-    assert wait_for(service, lambda: "a promotion") == "a promotion"
+    assert see_through(service, lambda: "a promotion") == "a promotion"
     assert within_patience(service, lambda: "there again") == "there again"
+
+
+@pytest.fixture
+def held() -> Iterator[threading.Event]:
+    """Let go of in the end."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_who_only_looks_keeps_no_promotion_waiting(service: Service, held: threading.Event) -> None:
+    for _ in range(2 * asking.ASKERS):
+        with pytest.raises(AwayError):
+            within_patience(Service(service.settings), held.wait, 0.01)
+    assert see_through(service, lambda: "a promotion", 5.0) == "a promotion"
+
+
+def test_a_promotion_that_could_not_be_begun_in_time_never_is(
+    service: Service, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, moved = ThreadPool(1), threading.Event()
+    monkeypatch.setattr(asking, "_movers", lambda: one)
+    with pytest.raises(LateError, match=r"not over after 0\.05 s; it may still happen; look at the log"):
+        see_through(service, held.wait, 0.05)
+    with pytest.raises(AwayError, match=r"it was not begun; try again") as refused:
+        see_through(service, moved.set, 0.05)
+    assert not isinstance(refused.value, LateError)
+    held.set()
+    one.close()
+    one.join()
+    assert not moved.is_set()
+
+
+def test_a_promotion_that_takes_too_long_is_said_to_go_on(
+    service: Service, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles_pages, "see_through", lambda service, _: see_through(service, held.wait, 0.05))
+    with TestClient(create_app(service.settings)) as client:
+        client.post("/login", data={"key": key_of(service.settings.storage)})
+        csrf = re.findall(r'name="csrf" value="([0-9a-f]+)"', client.get("/studies").text)[0]
+        for form in ("promote", "rollback"):
+            sent = {"csrf": csrf, "version": "1", "alias": "champion-cpu", "why": "so"}
+            answer = client.post(f"/profiles/{NAME}/{form}", data=sent)
+            assert answer.status_code == 503
+            assert "It is not over after 0.05 s; it may still happen; look at the log." in answer.text
+            assert '<h2 id="log">Promotions</h2>' in answer.text
 
 
 def test_errors_of_the_registry_are_told_apart(service: Service) -> None:
@@ -312,11 +365,13 @@ def test_errors_of_the_registry_are_told_apart(service: Service) -> None:
 def test_a_registry_that_never_answers_keeps_no_server_alive() -> None:
     code = (
         "import time\n"
-        "from autotune.server.dashboard.asking import AwayError, wait_for\n"
+        "from autotune.server.dashboard.asking import AwayError, see_through, within_patience\n"
         "class Service: pass\n"
-        "try:\n    wait_for(Service(), lambda: time.sleep(60), 0.05)\nexcept AwayError:\n    print('away')\n"
+        "for wait in (within_patience, see_through):\n"
+        "    try:\n        wait(Service(), lambda: time.sleep(60), 0.05)\n"
+        "    except AwayError:\n        print('away')\n"
     )
     began = time.monotonic()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=40)
-    assert said.stdout == "away\n"
+    assert said.stdout == "away\naway\n"
     assert time.monotonic() - began < 30

@@ -96,7 +96,7 @@ def test_it_tells_how_the_studies_were_asked_and_what_is_certified(home: Path, r
     with sites.watched(browser, java_script_enabled=False) as page:
         page.goto(report.as_uri())
         sheet = page.get_by_role("region", name="Studies")
-        for words in ("prefill_p50<=0.6x", "org/made-up-vlm", "84.00 ms", "40 of 40", "float32"):
+        for words in ("prefill_p50<=0.6x", "org/made-up-vlm", "84.00 ms", "40 of 40", "float32", "torch device"):
             expect(sheet).to_contain_text(words)
         expect(sheet.get_by_role("row", name="dense, reading")).to_contain_text("0.840")
         expect(page.get_by_role("heading", name="Certificate of models:/made-up/1")).to_be_visible()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Page, expect
+from sqlalchemy import select
 
 from autotune.server import Settings, create_app
 from autotune.store import Database, Keys
+from autotune.store.tables import session
 from autotune.submitted import Place
 from tests.autotune.services import key_of
 from tests.dashboard import sites
@@ -75,12 +79,110 @@ def test_a_cookie_opens_pages_and_nothing_that_programs_ask_for(known: httpx2.Cl
         assert known.get(site.url + path).status_code in (401, 404), path
 
 
+def csrf_of(page: str) -> str:
+    found = re.search(r'name="csrf" value="([0-9a-f]{64})"', page)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    return sites.storage_of(tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, storage: str) -> Iterator[tuple[TestClient, TestClient]]:
+    """Two servers on one database."""
+    place = Place(home=tmp_path, registry=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    one, other = (TestClient(create_app(Settings(storage=storage, place=place)), follow_redirects=False) for _ in "12")
+    with one, other:
+        yield one, other
+
+
+def test_the_cookie_is_a_session_and_not_the_key(pair: tuple[TestClient, TestClient], storage: str) -> None:
+    one, other = pair
+    key = key_of(storage)
+    assert one.post("/login", data={"key": key}).status_code == 303
+    assert list(one.cookies) == ["autotune_session"]
+    token = one.cookies["autotune_session"]
+    assert len(token) >= 40
+    assert token not in key
+    assert key.split("_", 2)[2] not in token
+    for client in pair:
+        for path in PROGRAMS:
+            assert client.get(path, headers={"Authorization": f"Bearer {token}"}).status_code == 401, path
+        assert client.get("/studies", headers={"Authorization": f"Bearer {token}"}).status_code == 303
+    as_cookie = other.get("/studies", headers={"Cookie": f"autotune_session={key}"})
+    assert as_cookie.headers["location"] == "/login?next=%2Fstudies"
+    assert other.get("/studies", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert one.get("/studies").status_code == 200
+    with Database(storage).engine.begin() as connection:
+        assert connection.execute(select(session.c.hash)).scalars().all() == [_digest(token)]
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def test_a_session_dies_when_it_is_logged_out(pair: tuple[TestClient, TestClient], storage: str) -> None:
+    one, other = pair
+    one.post("/login", data={"key": key_of(storage)})
+    other.cookies.update(one.cookies)
+    csrf = csrf_of(other.get("/studies").text)
+    assert one.post("/logout", data={"csrf": csrf}).status_code == 303
+    assert (list(one.cookies), list(other.cookies)) == ([], ["autotune_session"])
+    assert other.get("/studies").status_code == 303
+    assert other.post("/logout", data={"csrf": csrf}).status_code == 401
+
+
+def test_a_session_is_good_on_every_server_until_its_key_is_revoked(
+    pair: tuple[TestClient, TestClient], storage: str
+) -> None:
+    one, other = pair
+    one.post("/login", data={"key": key_of(storage, name="roaming")})
+    other.cookies.update(one.cookies)
+    pages = [client.get("/studies") for client in pair]
+    assert [page.status_code for page in pages] == [200, 200]
+    assert csrf_of(pages[0].text) == csrf_of(pages[1].text)
+    Keys(Database(storage)).revoke("roaming")
+    assert [client.get("/studies").status_code for client in pair] == [303, 303]
+
+
+def test_a_session_ends_with_its_time_or_its_keys(storage: str) -> None:
+    database = Database(storage)
+    keys = Keys(database)
+    key = keys.find(keys.create("lasting", ["read"]))
+    brief = keys.find(keys.create("brief", ["read"], expires_s=0.3))
+    assert key is not None
+    assert brief is not None
+    short, long, of_brief = keys.open_session(key, 0.3), keys.open_session(key, 60), keys.open_session(brief, 60)
+    assert [keys.session(token) for token in (short, long, of_brief)] == [key, key, brief]
+    time.sleep(0.4)
+    assert [keys.session(token) for token in (short, long, of_brief, "", "x")] == [None, key, None, None, None]
+    newest = keys.open_session(key, 60)
+    with database.engine.begin() as connection:
+        kept = set(connection.execute(select(session.c.hash)).scalars())
+    assert kept == {_digest(token) for token in (long, of_brief, newest)}
+    keys.close_session(long)
+    keys.close_session(long)
+    assert [keys.session(token) for token in (long, newest)] == [None, key]
+
+
+def test_a_proxys_own_login_does_not_hide_the_cookie(pair: tuple[TestClient, TestClient], storage: str) -> None:
+    one, _ = pair
+    one.post("/login", data={"key": key_of(storage)})
+    for header in ("Basic bWU6c2VjcmV0", "Negotiate x", ""):
+        assert one.get("/studies", headers={"Authorization": header}).status_code == 200
+    wrong = one.get("/studies", headers={"Authorization": "Bearer wrong"})
+    assert (wrong.status_code, wrong.headers["location"]) == (303, "/login?next=%2Fstudies")
+
+
 def test_the_cookie_is_kept_from_scripts_and_other_sites(stranger: httpx2.Client, site: Site) -> None:
     plain = stranger.post("/login", data={"key": f" {site.key}\n", "next": "/profiles"})
     assert (plain.status_code, plain.headers["location"]) == (303, "/profiles")
     words = [word.strip().lower() for word in plain.headers["set-cookie"].split(";")]
-    assert words[0] == f"autotune_key={site.key}".lower()
-    assert {"httponly", "path=/", "samesite=lax"} <= set(words)
+    assert words[0].startswith("autotune_session=")
+    assert {"httponly", "path=/", "samesite=lax", "max-age=43200"} <= set(words)
     assert "secure" not in words
     behind = stranger.post("/login", data={"key": site.key}, headers={"X-Forwarded-Proto": "https"})
     assert "Secure" in behind.headers["set-cookie"]
@@ -172,6 +274,9 @@ def test_a_key_without_the_right_to_read_sees_no_page(site: Site, stranger: http
     assert answer.status_code == 403
     assert "must have read among them" in answer.text
     assert "/profiles" in answer.text
+    out = stranger.post("/logout", data={"csrf": csrf_of(answer.text)})
+    assert (out.status_code, out.headers["location"]) == (303, "/login")
+    assert stranger.get("/studies").status_code == 303
 
 
 def test_errors_of_pages_are_pages_and_those_of_programs_are_problems(known: httpx2.Client, site: Site) -> None:

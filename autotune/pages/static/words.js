@@ -21,4 +21,4 @@ export function stageText([layer, keep, selector, weight], weighted) {
   return `before layer ${layer}: keep ${number(keep, 2)}, ${selector}${lambda}`;
 }
 
-export const STATUS_TEXTS = ["within the limit", "uncertain", "over the limit", "stopped by racing"];
+export const STATUS_TEXTS = ["within the limit", "uncertain", "over the limit or below the guard", "stopped by racing"];

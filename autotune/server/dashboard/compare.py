@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -29,6 +30,7 @@ __all__ = ["router"]
 router = APIRouter(include_in_schema=False)
 
 REGISTRY_S = 0.25  # that a page waits for the registry; its script asks again
+FRESH_S = 10.0  # in which what the registry said last is not asked for again
 MOST_LISTED = 200  # studies to choose from
 FIRST = 6  # studies of one question that are shown where the address names none
 KEPT = 64  # studies whose trials stay in memory
@@ -40,13 +42,13 @@ def page(request: Request, key: Viewer, service: ServiceParameter) -> Response:
     from autotune.pages import compare, points, view
 
     asked = view.View.of(request.query_params.multi_items())
-    listed = service.studies.page(MOST_LISTED + 1)
+    listed = service.studies.newest(MOST_LISTED + 1)
     rows, notes = _chosen(service, asked, listed)
     answer = _registry(service).ask()
     comparison = compare.Comparison(view=asked, studies=_series(service, rows), versions=answer.versions)
     notes += [answer.note] if answer.note else []
     if len(listed) > MOST_LISTED:
-        notes.append(f"Only the first {MOST_LISTED} studies are listed here; choose others on the page of studies.")
+        notes.append(f"Only the newest {MOST_LISTED} studies are listed here; choose others on the page of studies.")
     return render(
         request,
         "compare.html.jinja",
@@ -68,7 +70,7 @@ def table(request: Request, key: Viewer, service: ServiceParameter) -> Response:
     from autotune.pages import compare, points, view
 
     asked = view.View.of(request.query_params.multi_items())
-    rows, _ = _chosen(service, asked, service.studies.page(MOST_LISTED))
+    rows, _ = _chosen(service, asked, service.studies.newest(MOST_LISTED))
     versions = _registry(service).ask().versions
     comparison = compare.Comparison(view=asked, studies=_series(service, rows), versions=versions)
     headers = {"Content-Disposition": 'attachment; filename="fronts.csv"'}
@@ -85,10 +87,10 @@ def _chosen(service: Service, view: View, listed: Iterable[StudyRow]) -> tuple[l
 
 
 def _newest(listed: Iterable[StudyRow]) -> list[StudyRow]:
-    """The newest study with a trial, and those that ask as it does but for the seed."""
+    """The newest study with a trial, and those that ask as it does but for the seed. listed: newest first."""
     from autotune.pages.fronts import StudySeries
 
-    rows = sorted((row for row in listed if row.num_told), key=lambda row: -row.created)
+    rows = [row for row in listed if row.num_told]
     questions = [StudySeries.of(row, ()).question for row in rows]
     alike = [row for row, question in zip(rows, questions, strict=True) if question and question == questions[0]]
     return sorted((alike or rows[:1])[:FIRST], key=lambda row: row.name)
@@ -120,31 +122,36 @@ class _Registry:
         self._service, self._lock = service, threading.Lock()
         self._asker = ThreadPool(1)  # whose thread keeps no server from its end
         self._asked: AsyncResult[None] | None = None
-        self._known: tuple[Version, ...] = ()
+        self._answer, self._learnt = _Answer(), -FRESH_S
 
     def ask(self) -> _Answer:
         with self._lock:
+            if time.monotonic() < self._learnt + FRESH_S:
+                return self._answer
             if self._asked is None or self._asked.ready():
                 self._asked = self._asker.apply_async(self._ask)
             asked = self._asked
         try:
             asked.get(REGISTRY_S)
         except multiprocessing.TimeoutError:
-            return _Answer(self._known, is_late=True)
-        except (RegistryError, StoreError) as error:
-            reason = redacted(str(error))
-            return _Answer(self._known, note=f"The registry could not be asked for certified versions: {reason}")
-        return _Answer(self._known)
+            return _Answer(self._answer.versions, is_late=True)
+        return self._answer
 
     def _ask(self) -> None:
-        self._known = tuple(self._service.profiles.list())
+        try:
+            answer = _Answer(tuple(self._service.profiles.list()))
+        except (RegistryError, StoreError) as error:
+            note = f"The registry could not be asked for certified versions: {redacted(str(error))}"
+            answer = _Answer(self._answer.versions, note)
+        with self._lock:
+            self._answer, self._learnt = answer, time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """versions: known by now. note: why there may be others; is_late: there may be in a moment."""
 
-    versions: tuple[Version, ...]
+    versions: tuple[Version, ...] = ()
     note: str = ""
     is_late: bool = False
 

@@ -7,9 +7,10 @@ import importlib.util
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autotune.server.auth import Reader
 from autotune.server.service import ServiceParameter
@@ -21,17 +22,34 @@ __all__ = ["is_installed", "is_there", "router"]
 router = APIRouter(include_in_schema=False)
 PATHS = ("/dashboard{rest:path}", "/api/{rest:path}", "/static/{rest:path}", "/csv/{rest:path}", "/favicon.ico")
 WORKERS = 4  # threads that answer
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-eval'",  # of its picture of parallel coordinates
+        "style-src 'self' 'unsafe-inline'",  # of its index and of Plotly
+        "img-src 'self' data: blob:",
+        "object-src 'none'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+    )
+)
 
 
 class _Passed(Response):
-    """Answers as another app does."""
+    """Answers as another app does, under the policy here."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         super().__init__()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        async def under_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        await self._app(scope, receive, under_policy)
 
 
 @functools.cache

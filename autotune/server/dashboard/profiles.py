@@ -16,7 +16,7 @@ from autotune.pages.profile import Chosen, Compared, chosen_of, compared, log_li
 from autotune.profiles import Promotion, stack_of
 from autotune.redaction import redacted, without_passwords
 from autotune.registered import GateError, NotRegisteredError, RegistryError, Version
-from autotune.server.dashboard.asking import AwayError, wait_for, within_patience
+from autotune.server.dashboard.asking import AwayError, see_through, within_patience
 from autotune.server.dashboard.sessions import Promoter, Viewer, check_form, render
 from autotune.server.schemas import LARGEST, ModelPath
 from autotune.server.service import Service, ServiceParameter
@@ -28,7 +28,6 @@ __all__ = ["router"]
 logger = logging.getLogger(__name__)
 
 router = APIRouter(include_in_schema=False)
-PROMOTION_S = 60.0  # half of it may pass until another's promotion is over
 
 Number = Annotated[int | None, Query(ge=1, le=LARGEST)]
 Diff = Annotated[str, Query(pattern=r"^([1-9][0-9]{0,8}\.\.[1-9][0-9]{0,8})?$", max_length=30)]
@@ -116,11 +115,16 @@ def roll_back(
 def _moved(
     request: Request, service: Service, name: str, move: Callable[[], Promotion], version: int | None, asked: Asked
 ) -> Response:
-    """On to the page that says so; or the page again with what stood against it. Raises RegistryError, StoreError."""
+    """On to the page that says so; or the page again with what stood against it.
+
+    Raises NotRegisteredError, StoreError.
+    """
     try:
-        row = wait_for(service, move, PROMOTION_S)
-    except (AwayError, NotRegisteredError):
+        row = see_through(service, move)
+    except NotRegisteredError:
         raise
+    except AwayError as error:
+        return _page(request, service, name, version, "", status=503, refused=_sentence(error), asked=asked)
     except AutotuneError as error:
         if isinstance(error, RegistryError) and not isinstance(error, GateError):
             raise
@@ -197,9 +201,11 @@ class _Shown:
         if chosen is None or not chosen.line.study:
             return None
         found = self._read[chosen.line.number]
-        plan = found.plan.to_dict() if found else None
-        records = self._service.studies.records(chosen.line.study)
-        return next((record["number"] for record in records if record["plan"] == plan), None)
+        row = self._service.studies.get(chosen.line.study)
+        if found is None or row is None:
+            return None
+        told, _ = self._service.told.of(row.name, row.created)
+        return next((each.number for each in told if each.plan == found.plan), None)
 
     def _version(self, name: str, number: int) -> Version:
         found = next((version for version in self._versions if version.version == number), None)
@@ -233,7 +239,7 @@ def _ways_back(log: Sequence[Promotion]) -> list[tuple[str, int]]:
 
 
 def _address(service: Service) -> str:
-    return service.profiles.registry.address
+    return service.profiles.registry.address if service.settings.place.registry else ""
 
 
 def _sentence(error: AwayError) -> str:

@@ -1,4 +1,4 @@
-"""Who looks at the pages: logged in with a key, which a cookie holds; and pages as they are sent."""
+"""Who looks at the pages: logged in with a key, to a session whose token a cookie holds; and pages as they are sent."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from autotune import pages
 from autotune.server.auth import Promoter, Reader
 from autotune.server.dashboard import optuna_ui
+from autotune.server.entry import SESSION_S
 from autotune.server.problems import title
 from autotune.server.service import Service, ServiceParameter
 
@@ -105,10 +106,13 @@ async def log_in(
 
 
 @router.post("/logout")
-def log_out(
-    key: Viewer, request: Request, service: ServiceParameter, csrf: Annotated[str, Form(max_length=200)] = ""
+async def log_out(
+    request: Request, service: ServiceParameter, csrf: Annotated[str, Form(max_length=200)] = ""
 ) -> Response:
+    """For whoever came in, whatever their key is for."""
     check_form(request, csrf)
+    if token := request.cookies.get(service.cookie):
+        await service.entry.close(token)
     response = RedirectResponse("/login", 303)
     response.delete_cookie(service.cookie, path="/", httponly=True, samesite="lax", secure=_is_secure(request))
     return response
@@ -116,13 +120,17 @@ def log_out(
 
 async def _entered(request: Request, service: Service, text: str, then: str) -> Response:
     try:
-        await service.entry.key(text, request.client.host if request.client else "")
+        key = await service.entry.key(text, request.client.host if request.client else "")
     except HTTPException as error:
         if error.status_code != 401:
             raise
         return _form(request, then, wrong=True)
+    service.rate.count(str(key.id))
+    token = await service.entry.open(key)
     response = RedirectResponse(then if _is_here(then) else "/", 303)
-    response.set_cookie(service.cookie, text, path="/", httponly=True, samesite="lax", secure=_is_secure(request))
+    response.set_cookie(
+        service.cookie, token, SESSION_S, path="/", httponly=True, samesite="lax", secure=_is_secure(request)
+    )
     return response
 
 
