@@ -471,4 +471,5 @@ def test_2000_trials_in_20_studies_are_painted_within_1_s_and_redrawn_within_100
     for what, times in (("redrawn", drawn), ("redrawn, with its tables filled", filled)):
         print(what, json.dumps({" ".join(c): [round(median(each)), round(max(each))] for c, each in times.items()}))
     assert max(paints) < 1000
-    assert max(median(each) for each in filled.values()) < 100
+    assert max(median(each) for each in drawn.values()) < 100
+    assert max(median(each) for each in filled.values()) < 250  # they follow the picture
