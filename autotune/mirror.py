@@ -135,10 +135,12 @@ class Mirror:
         """End trials that still run though no lease is on them: a worker died, or lost an answer, in `ask`."""
         self.settle()
         running = self._running()  # first: who begins now is not among them, and who ended since has settled
-        busy = {each.token for each in self._leases.all() if not each.settled}
+        leases = {each.token: each for each in self._leases.all()}
         for trial_id, token in running.items():
-            if token not in busy:
-                self._close(trial_id, TrialState.FAIL)
+            lease = leases.get(token)
+            if lease is None or lease.settled:
+                reason = (lease and lease.reason) or "the attempt has another trial"
+                self._close(trial_id, TrialState.FAIL, attrs={"reason": reason})
 
     def flush(self) -> None:
         """Wait until all that was told is written here, too."""

@@ -119,10 +119,13 @@ class LocalPool:
         deaths, num_told = 0, len(study.told())
         self._workers = [_Child(command, environment) for _ in range(self.num_workers)]
         try:
-            while not study.is_done(config.num_trials):
+            while True:
+                is_done = study.is_done(config.num_trials)
                 if (now := len(study.told())) != num_told:
                     deaths, num_told = 0, now
                     say("searching")
+                if is_done:
+                    break
                 if study.leases.opened is None:
                     raise AutotuneError("another process closed the study; run the same command again to go on with it")
                 for place, worker in enumerate(self._workers):

@@ -154,6 +154,18 @@ def test_the_trials_of_a_dead_worker_are_asked_again_with_their_parameters(tmp_p
     assert [t.user_attrs["retry_of"] for t in trials[2:]] == [each.lease.token for each in asked]
 
 
+def test_what_turns_up_late_of_a_lost_attempt_says_why_it_failed(tmp_path):
+    """As where a server carries out what a killed worker had sent it."""
+    study = study_in(tmp_path / "study.db")
+    asked = ask(study, sampler="random")
+    study.mirror.flush()
+    study.release(asked, "its worker stopped")
+    late = study.mirror._made(asked.lease, asked.work)
+    study.mirror.sweep()
+    trial = study.mirror.storage.get_trial(late)
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("FAIL", "its worker stopped")
+
+
 def test_every_finished_trial_carries_the_one_constraint(tmp_path):
     study = search(tmp_path / "study.db", 3)
     late = step(study, ratio=0.9)
