@@ -183,7 +183,7 @@ def promoted(config: JobConfig, registry: Registry, version: Version, why: str) 
 def _register(config: JobConfig, bench: Bench, study: Study, registry: Registry, proof: Proof) -> Version:
     """The version of what was proven: one, however often the job is run."""
     profile = Profile.load(config.out / "profile.json")
-    if (known := registry.known_as(config.name, profile.digest)) is not None:
+    if (known := registry.take_up(config.name, profile.digest)) is not None:
         return known
     dense, tuned = proof.rows[0], proof.rows[-1]
     metrics = {

@@ -180,11 +180,11 @@ class Registry:
             return sorted(listed, key=lambda version: version.version, reverse=True)
         return sorted(listed, key=lambda version: (version.created, version.name, version.version), reverse=True)
 
-    def known_as(self, name: str, sha256: str) -> Version | None:
+    def take_up(self, name: str, sha256: str) -> Version | None:
         """The version of `name` whose profile has this digest, the oldest of several; None where there is none.
 
-        It is its device's candidate from then on, if there is no newer one: who registered it may have been killed
-        before it was.
+        Where its registration was killed before its last step, that is made up for: it becomes its device's candidate,
+        unless there is a newer one.
         """
         if not self._store.exists:
             return None

@@ -465,11 +465,11 @@ def test_what_was_killed_before_it_was_candidate_is_once_it_is_looked_for(
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert registry.find(f"{name}@candidate-cpu").version == 1
-    found = registry.known_as(name, Profile.load(profile).digest)
+    found = registry.take_up(name, Profile.load(profile).digest)
     assert found is not None
     assert (found.version, found.aliases) == (2, ("candidate-cpu",))
     assert registry.find(f"{name}@candidate-cpu").version == 2
-    older = registry.known_as(name, Profile.load(other_profile).digest)
+    older = registry.take_up(name, Profile.load(other_profile).digest)
     assert older is not None
     assert (older.version, older.aliases) == (1, ())
 
